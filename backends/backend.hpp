@@ -1,0 +1,108 @@
+#pragma once
+// What a backend must offer: the boxes of the paper, over its own tensors and weights.
+//
+// The layers in model/ are written once against this concept.  A backend instance belongs to one caller at a time (it
+// owns scratch memory and tensors); weights are shared by all instances.  All activations are float32.
+// Letters: T rows (tokens of one or several sequences); others as in model/weights.hpp.
+
+#include <concepts>
+#include <cstdint>
+#include <initializer_list>
+#include <span>
+
+#include "blocks/weight_view.hpp"
+
+namespace qwen3next {
+
+// Rows [begin, begin + count) of a batch are consecutive tokens of one sequence, the first at `position`; `state` is
+// what that sequence keeps in the layer at hand.
+template <class State>
+struct Segment {
+  int begin;
+  int count;
+  std::int64_t position;
+  State* state;
+};
+
+// y = W x for one of the matrices that share an input.
+template <class Weight, class Tensor>
+struct Projection {
+  const Weight& weight;  // [N, D]
+  Tensor y;              // [T, N]
+};
+
+struct DeltaShape {
+  int key_heads, value_heads, key_dim, value_dim, conv_kernel;
+  int conv_dim() const noexcept { return 2 * key_heads * key_dim + value_heads * value_dim; }
+};
+
+struct AttentionShape {
+  int heads, kv_heads, head_dim;
+};
+
+// How the keys and values of past positions are kept.
+enum class KvType : std::uint8_t { f16, f32, q8_0 };
+
+template <class B>
+concept BackendOps = requires(B& be, typename B::Tensor t, const typename B::Weight& w, const typename B::Vector& v,
+                           const typename B::Experts& e, typename B::Routing& routing,
+                           std::span<const Segment<typename B::DeltaState>> delta,
+                           std::span<const Segment<typename B::KvCache>> kv, std::span<const std::int32_t> tokens,
+                           std::span<const double> frequency, DeltaShape ds, AttentionShape as, int n, float f) {
+  // Memory.  Tensors live as long as the instance; states are values: a copy is a snapshot.
+  { be.tensor(n, n) } -> std::same_as<typename B::Tensor>;    // [rows, cols]
+  { be.routing(n, n) } -> std::same_as<typename B::Routing>;  // [rows, experts per token]
+  { be.delta_state(ds) } -> std::same_as<typename B::DeltaState>;
+  { be.kv_cache(as) } -> std::same_as<typename B::KvCache>;
+  requires std::copyable<typename B::DeltaState> && std::copyable<typename B::KvCache>;
+  { be.host(t) } -> std::same_as<std::span<const float>>;  // one row, to read on the host until the next call
+  { t.rows(n, n) } -> std::same_as<typename B::Tensor>;
+  { t.columns(n, n) } -> std::same_as<typename B::Tensor>;
+
+  // out [T, H] = rows of w [V, H].
+  be.embed(t, tokens, w);
+
+  // out = x / sqrt(mean(x^2) + eps) * v over every group of v.size columns of x; in place allowed.
+  be.rms_norm(t, t, v, f);
+
+  // y = W x for several W of one x [T, D].
+  be.linear(t, std::initializer_list<Projection<typename B::Weight, typename B::Tensor>>{});
+
+  // out = silu(sum_j taps[c, j] x_{t-K+1+j}[c]), zeros before the start; the state keeps the last K-1 inputs.
+  be.causal_conv1d(t, t, v, delta);
+
+  // beta = sigmoid(b), g = A softplus(a + dt_bias); all [T, Hv].
+  be.delta_gates(t, t, t, t, v, v);  // beta, g, b, a, A, dt_bias
+
+  // The gated delta rule over conv output qkv [T, 2 Hk Dk + Hv Dv], out [T, Hv Dv]; see model/forward.hpp.
+  be.gated_delta_rule(t, t, t, t, ds, delta);  // out, qkv, beta, g
+
+  // out = rms_norm(o; v) * silu(z) over every group of v.size columns; in place allowed.
+  be.gated_rms_norm(t, t, t, v, f);  // out, o, z
+
+  // angles [T, 2 n] = cos, sin of position * frequency, times f;  then rotation of the pairs (i, i + n), i < n, of
+  // every head of n columns of x, in place.
+  be.rope_angles(t, frequency, f, kv);
+  be.rope(t, t, n);  // x, angles, head_dim
+
+  // Appends k, v [T, Hkv D] to the caches and attends causally: out [T, Hq D] = softmax(q k / sqrt(D)) v.
+  be.attention(t, t, t, t, as, kv);  // out, q, k, v
+
+  // x *= sigmoid(gate), elementwise.
+  be.sigmoid_gate(t, t);
+
+  // The n most probable experts of softmax(logits [T, E]), weights divided by their sum if asked for.
+  be.router(routing, t, n, true);
+
+  // out [T, H] = sum over the chosen experts of weight * down(silu(gate x) * (up x)).
+  be.experts(t, t, e, routing);
+
+  // out = silu(gate) * up; out may be gate.
+  be.swiglu(t, t, t);
+
+  // x += y;  x += sigmoid(gate [T, 1]) * y.
+  be.add(t, t);
+  be.add_gated(t, t, t);
+};
+
+}  // namespace qwen3next

@@ -1,0 +1,13 @@
+#pragma once
+// The backends by name: what a user chooses between.
+
+#include <cstdint>
+
+namespace qwen3next {
+
+enum class Backend : std::uint8_t {
+  cpu,        // vector kernels, all cores; quantised weights meet int8 activations
+  reference,  // the specification: float32, one thread, slow
+};
+
+}  // namespace qwen3next

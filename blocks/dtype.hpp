@@ -1,0 +1,49 @@
+#pragma once
+// The types in which weights are stored, and the bytes that they take.
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+namespace qwen3next {
+
+enum class DType : std::uint8_t { f32, f16, bf16, q8_0, q3_k, q4_k, q5_k, q6_k };
+
+// A row of n elements is n / elements blocks of `bytes` bytes; n must be a multiple of `elements`.
+struct DTypeInfo {
+  DType type;
+  std::string_view name;  // as GGUF tools spell it
+  std::uint32_t ggml_id;  // type id in a GGUF tensor record
+  int elements;           // per block
+  int bytes;              // per block
+  bool quantised;         // multiplied with int8 activations on the CPU
+};
+
+inline constexpr std::array<DTypeInfo, 8> dtype_table{{
+    {DType::f32, "F32", 0, 1, 4, false},
+    {DType::f16, "F16", 1, 1, 2, false},
+    {DType::bf16, "BF16", 30, 1, 2, false},
+    {DType::q8_0, "Q8_0", 8, 32, 34, true},
+    {DType::q3_k, "Q3_K", 11, 256, 110, true},
+    {DType::q4_k, "Q4_K", 12, 256, 144, true},
+    {DType::q5_k, "Q5_K", 13, 256, 176, true},
+    {DType::q6_k, "Q6_K", 14, 256, 210, true},
+}};
+
+constexpr const DTypeInfo& info(DType type) noexcept { return dtype_table[static_cast<std::size_t>(type)]; }
+
+constexpr bool fits_blocks(DType type, std::int64_t n) noexcept { return n % info(type).elements == 0; }
+
+constexpr std::size_t row_bytes(DType type, std::int64_t n) noexcept {
+  return static_cast<std::size_t>(n / info(type).elements) * static_cast<std::size_t>(info(type).bytes);
+}
+
+static_assert([] {
+  for (std::size_t i = 0; i < dtype_table.size(); ++i) {
+    if (static_cast<std::size_t>(dtype_table[i].type) != i) return false;
+  }
+  return true;
+}());
+
+}  // namespace qwen3next

@@ -1,0 +1,139 @@
+#pragma once
+// The forward pass of Qwen3-Next, once, for every backend: T tokens of S sequences at a time.
+//
+// Prefill, decode, verification of drafts and batches of sequences are the same call with other row counts.  Source of
+// the equations: Hugging Face transformers, models/qwen3_next; Gated DeltaNet arXiv:2412.06464.
+
+#include <span>
+
+#include "backends/backend.hpp"
+#include "model/config.hpp"
+#include "model/state.hpp"
+#include "model/weights.hpp"
+
+namespace qwen3next {
+
+// Softmax attention with an output gate and partial rotary embedding.
+//   q, k = rope(norm(q_proj x)), rope(norm(k_proj x));   out = o_proj (sigmoid(gate) * attention(q, k, v))
+template <BackendOps B>
+void gated_attention(B& be, const Config& c, const AttentionWeights<B>& w, Activations<B>& a, int T) {
+  auto x = a.h.rows(0, T), out = a.mix.rows(0, T);
+  auto q = a.q.rows(0, T), gate = a.gate.rows(0, T), k = a.k.rows(0, T), v = a.v.rows(0, T);
+  auto heads = a.heads.rows(0, T), angles = a.angles.rows(0, T);
+  const float eps = static_cast<float>(c.rms_norm_eps);
+
+  be.linear(x, {{w.q_proj, q}, {w.gate_proj, gate}, {w.k_proj, k}, {w.v_proj, v}});
+  be.rms_norm(q, q, w.q_norm, eps);  // per head, before the rotation
+  be.rms_norm(k, k, w.k_norm, eps);
+  be.rope(q, angles, c.head_dim);
+  be.rope(k, angles, c.head_dim);
+  be.attention(heads, q, k, v, attention_shape(c), a.kv_segments);
+  be.sigmoid_gate(heads, gate);
+  be.linear(heads, {{w.o_proj, out}});
+}
+
+// Gated DeltaNet: a linear attention whose state S [Dk, Dv] per value head forgets by exp(g) and writes by the delta
+// rule.  For each token, q and k scaled to unit length, q by 1/sqrt(Dk) on top:
+//   S = exp(g) S;   S += k (beta (v - S^T k))^T;   o = S^T q
+template <BackendOps B>
+void gated_delta_net(B& be, const Config& c, const DeltaNetWeights<B>& w, Activations<B>& a, int T) {
+  auto x = a.h.rows(0, T), out = a.mix.rows(0, T);
+  auto qkv = a.qkv.rows(0, T), conv = a.conv.rows(0, T), z = a.z.rows(0, T), o = a.o.rows(0, T);
+  auto b_in = a.b.rows(0, T), a_in = a.a.rows(0, T), beta = a.beta.rows(0, T), g = a.g.rows(0, T);
+
+  be.linear(x, {{w.in_proj_q, qkv.columns(0, c.key_dim())},
+                {w.in_proj_k, qkv.columns(c.key_dim(), c.key_dim())},
+                {w.in_proj_v, qkv.columns(2 * c.key_dim(), c.value_dim())},
+                {w.in_proj_z, z},
+                {w.in_proj_b, b_in},
+                {w.in_proj_a, a_in}});
+  be.causal_conv1d(conv, qkv, w.conv1d, a.delta_segments);
+  be.delta_gates(beta, g, b_in, a_in, w.A, w.dt_bias);
+  be.gated_delta_rule(o, conv, beta, g, delta_shape(c), a.delta_segments);
+  be.gated_rms_norm(o, o, z, w.norm, static_cast<float>(c.rms_norm_eps));
+  be.linear(o, {{w.out_proj, out}});
+}
+
+// The experts that the router picks for each token, plus one that serves all tokens through a gate of its own.
+template <BackendOps B>
+void sparse_moe(B& be, const Config& c, const MoeWeights<B>& w, Activations<B>& a, int T) {
+  auto x = a.h.rows(0, T), out = a.mix.rows(0, T), logits = a.router_logits.rows(0, T);
+  auto gate = a.shared_gate.rows(0, T), up = a.shared_up.rows(0, T), shared = a.shared.rows(0, T);
+  auto shared_expert_gate = a.shared_expert_gate.rows(0, T);
+
+  be.linear(x, {{w.gate, logits},
+                {w.shared_expert_gate, shared_expert_gate},
+                {w.shared_gate_proj, gate},
+                {w.shared_up_proj, up}});
+  be.router(a.routing, logits, c.num_experts_per_tok, c.norm_topk_prob);
+  be.experts(out, x, w.experts, a.routing);
+  be.swiglu(gate, gate, up);
+  be.linear(gate, {{w.shared_down_proj, shared}});
+  be.add_gated(out, shared, shared_expert_gate);
+}
+
+template <BackendOps B>
+void decoder_layer(B& be, const Config& c, const LayerWeights<B>& w, Activations<B>& a, int T) {
+  auto x = a.x.rows(0, T), h = a.h.rows(0, T), mix = a.mix.rows(0, T);
+  const float eps = static_cast<float>(c.rms_norm_eps);
+
+  be.rms_norm(h, x, w.input_layernorm, eps);
+  if (w.self_attn)
+    gated_attention(be, c, *w.self_attn, a, T);
+  else
+    gated_delta_net(be, c, *w.linear_attn, a, T);
+  be.add(x, mix);
+  be.rms_norm(h, x, w.post_attention_layernorm, eps);
+  sparse_moe(be, c, w.mlp, a, T);
+  be.add(x, mix);
+}
+
+// Points the layer's segments at what each sequence keeps there.
+template <Backend B, class StateOf>
+void enter_layer(Activations<B>& a, std::span<const SequenceRows<B>> sequences, StateOf state_of) {
+  a.delta_segments.clear();
+  a.kv_segments.clear();
+  for (const SequenceRows<B>& s : sequences) {
+    LayerState<B>& layer = state_of(*s.state);
+    if (layer.delta) a.delta_segments.push_back({s.begin, s.count, s.position, &*layer.delta});
+    if (layer.kv) a.kv_segments.push_back({s.begin, s.count, s.position, &*layer.kv});
+  }
+}
+
+// cos and sin of every row's position, for all attention layers of a call.
+template <BackendOps B>
+void position_angles(B& be, Activations<B>& a, std::span<const SequenceRows<B>> sequences, int T) {
+  a.kv_segments.clear();
+  for (const SequenceRows<B>& s : sequences) a.kv_segments.push_back({s.begin, s.count, s.position, nullptr});
+  be.rope_angles(a.angles.rows(0, T), a.rope.frequency, a.rope.scale, a.kv_segments);
+}
+
+// Runs `tokens`, T <= a.max_rows of them, through all layers and advances the sequences that own the rows.  Leaves the
+// final, normed hidden states in a.h [T, H]: the input of the head, and of the MTP layer.
+template <BackendOps B>
+void forward(B& be, const Config& c, const ModelWeights<B>& w, std::span<const std::int32_t> tokens,
+             std::span<const SequenceRows<B>> sequences, Activations<B>& a) {
+  const int T = static_cast<int>(tokens.size());
+  auto x = a.x.rows(0, T);
+
+  position_angles(be, a, sequences, T);
+  be.embed(x, tokens, w.embed_tokens);
+  for (int i = 0; i < c.num_hidden_layers; ++i) {
+    const auto layer = static_cast<std::size_t>(i);
+    enter_layer(a, sequences, [&](SequenceState<B>& s) -> LayerState<B>& { return s.layers[layer]; });
+    decoder_layer(be, c, w.layers[layer], a, T);
+    if constexpr (requires { be.observe(i, x); }) be.observe(i, x);  // tracing wraps the backend
+  }
+  be.rms_norm(a.h.rows(0, T), x, w.norm, static_cast<float>(c.rms_norm_eps));
+  for (const SequenceRows<B>& s : sequences) s.state->position += s.count;
+}
+
+// Logits [n, V] of rows [begin, begin + n) of the hidden states in a.h; n <= a.max_logit_rows.
+template <BackendOps B>
+typename B::Tensor head(B& be, const ModelWeights<B>& w, Activations<B>& a, int begin, int n) {
+  auto logits = a.logits.rows(0, n);
+  be.linear(a.h.rows(begin, n), {{w.lm_head, logits}});
+  return logits;
+}
+
+}  // namespace qwen3next
