@@ -1,0 +1,157 @@
+#pragma once
+// Engine and Timeline over any backend: the model's template, instantiated once per backend.
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "generate/engine.hpp"
+#include "model/forward.hpp"
+#include "model/mtp.hpp"
+
+namespace qwen3next {
+
+template <BackendOps B>
+struct BackendSnapshot final : TimelineSnapshot {
+  explicit BackendSnapshot(const SequenceState<B>& s) : state(s) {}
+  SequenceState<B> state;
+};
+
+template <BackendOps B>
+class BackendTimeline final : public Timeline {
+ public:
+  BackendTimeline(B backend, const Config& config, const ModelWeights<B>& weights, int batch)
+      : be_(std::move(backend)),
+        c_(config),
+        w_(weights),
+        state_(be_, config),
+        a_(be_, config, batch, std::min(batch, logit_rows), 1) {}
+
+  std::span<const float> append(std::span<const std::int32_t> tokens, const Progress& progress) override {
+    check(tokens);
+    const auto total = static_cast<std::int64_t>(tokens.size());
+    std::int64_t done = 0;
+    int T = 0;
+    for (std::span<const std::int32_t> step : steps(tokens)) {
+      T = step_forward(step);
+      done += T;
+      if (progress && !progress(done, total)) throw Cancelled();
+    }
+    return be_.host(head(be_, w_, a_, T - 1, 1));
+  }
+
+  void append_all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) override {
+    check(tokens);
+    for (std::span<const std::int32_t> step : steps(tokens)) give_logits(step_forward(step), sink);
+  }
+
+  void append_mtp_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) override {
+    if (!w_.mtp) throw Error("this model has no MTP head (no mtp.* or nextn tensors in its files)");
+    check(tokens);
+    std::size_t begin = 0;
+    for (std::span<const std::int32_t> step : steps(tokens)) {
+      step_forward(step);
+      const std::size_t rows = std::min(step.size(), tokens.size() - 1 - begin);  // the last token has no next one
+      if (rows == 0) break;
+      const SequenceRows<B> sequence{0, static_cast<int>(rows), state_.mtp_position, &state_};
+      mtp_forward<B>(be_, c_, w_, tokens.subspan(begin + 1, rows), {&sequence, 1}, a_);
+      give_logits(static_cast<int>(rows), sink);
+      begin += step.size();
+    }
+  }
+
+  std::int64_t position() const override { return state_.position; }
+  std::shared_ptr<const TimelineSnapshot> snapshot() const override {
+    return std::make_shared<BackendSnapshot<B>>(state_);
+  }
+  void restore(const TimelineSnapshot& snapshot) override {
+    const auto* mine = dynamic_cast<const BackendSnapshot<B>*>(&snapshot);
+    if (!mine) throw Error("this snapshot was taken on another backend; snapshots fit sessions of the same model");
+    state_ = mine->state;
+  }
+  void reset() override { state_ = SequenceState<B>(be_, c_); }
+
+ private:
+  static constexpr int logit_rows = 16;  // a vocabulary of 151936 makes a row 600 KB
+
+  void check(std::span<const std::int32_t> tokens) const {
+    if (tokens.empty()) throw Error("no tokens given: a forward pass needs at least one");
+    for (std::int32_t token : tokens) {
+      if (token < 0 || token >= c_.vocab_size) {
+        throw Error("token id " + std::to_string(token) + " is not in the vocabulary, expected 0.." +
+                    std::to_string(c_.vocab_size - 1));
+      }
+    }
+  }
+
+  // The tokens in pieces of at most a_.max_rows.
+  struct Steps {
+    std::span<const std::int32_t> tokens;
+    std::size_t size;
+    struct Iterator {
+      const Steps* steps;
+      std::size_t begin;
+      std::span<const std::int32_t> operator*() const {
+        return steps->tokens.subspan(begin, std::min(steps->size, steps->tokens.size() - begin));
+      }
+      Iterator& operator++() { return begin += steps->size, *this; }
+      bool operator!=(std::nullptr_t) const { return begin < steps->tokens.size(); }
+    };
+    Iterator begin() const { return {this, 0}; }
+    std::nullptr_t end() const { return nullptr; }
+  };
+  Steps steps(std::span<const std::int32_t> tokens) const { return {tokens, static_cast<std::size_t>(a_.max_rows)}; }
+
+  int step_forward(std::span<const std::int32_t> tokens) {
+    const int T = static_cast<int>(tokens.size());
+    const SequenceRows<B> sequence{0, T, state_.position, &state_};
+    forward<B>(be_, c_, w_, tokens, {&sequence, 1}, a_);
+    return T;
+  }
+
+  void give_logits(int T, const LogitsSink& sink) {
+    for (int begin = 0; begin < T; begin += a_.max_logit_rows) {
+      const int n = std::min(a_.max_logit_rows, T - begin);
+      auto logits = head(be_, w_, a_, begin, n);
+      for (int i = 0; i < n; ++i) sink(be_.host(logits.rows(i, 1)));
+    }
+  }
+
+  B be_;
+  const Config& c_;
+  const ModelWeights<B>& w_;
+  SequenceState<B> state_;
+  Activations<B> a_;
+};
+
+// `make_backend(KvType)` gives each timeline a backend instance of its own.
+template <BackendOps B, class MakeBackend>
+class BackendEngine final : public Engine {
+ public:
+  BackendEngine(const Config& config, const ModelWeights<Views>& views, KvType default_kv, MakeBackend make_backend,
+                std::string description)
+      : config_(config),
+        default_kv_(default_kv),
+        make_backend_(std::move(make_backend)),
+        description_(std::move(description)) {
+    zip(views, weights_, [](const auto& view, auto& mine) { mine = view; });
+  }
+  std::unique_ptr<Timeline> timeline(const TimelineOptions& options) const override {
+    if (options.batch < 1) throw Error("batch is " + std::to_string(options.batch) + ", expected at least 1");
+    return std::make_unique<BackendTimeline<B>>(make_backend_(options.kv.value_or(default_kv_)), config_, weights_,
+                                                options.batch);
+  }
+  std::string description() const override { return description_; }
+  KvType default_kv() const override { return default_kv_; }
+
+ private:
+  Config config_;
+  ModelWeights<B> weights_;
+  KvType default_kv_;
+  MakeBackend make_backend_;
+  std::string description_;
+};
+
+}  // namespace qwen3next

@@ -1,0 +1,77 @@
+#pragma once
+// A model on a backend, behind one virtual call per forward pass: the seam between what a user holds (Model, Session)
+// and the templates below.
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "backends/backend.hpp"
+#include "backends/backend_kind.hpp"
+#include "model/config.hpp"
+#include "model/weights.hpp"
+
+namespace qwen3next {
+
+struct EngineOptions {
+  Backend backend = Backend::cpu;
+  std::string isa;  // cpu: "" for the best that the machine has
+  int threads = 0;  // cpu: 0 for as many as the process may run on
+};
+
+struct TimelineOptions {
+  std::optional<KvType> kv;  // nothing: f16 on cpu, f32 on reference
+  int batch = 512;           // most tokens that go through the layers at a time
+};
+
+// Told after each step of a long prefill: tokens done, of how many.  Returning false stops it there.
+using Progress = std::function<bool(std::int64_t done, std::int64_t total)>;
+
+// Given one row of logits [V] at a time, in order.
+using LogitsSink = std::function<void(std::span<const float> logits)>;
+
+// The state of a sequence at some moment; immutable, usable with any timeline of the same engine and KV type.
+class TimelineSnapshot {
+ public:
+  virtual ~TimelineSnapshot() = default;
+};
+
+// One sequence and its scratch memory.  For one thread at a time.
+class Timeline {
+ public:
+  virtual ~Timeline() = default;
+
+  // Appends tokens; returns the logits [V] of the last one, valid until the next call.  If `progress` stops it, throws
+  // Cancelled; what was done until then stays (see position).
+  virtual std::span<const float> append(std::span<const std::int32_t> tokens, const Progress& progress) = 0;
+
+  // Appends tokens and gives the logits of each of them.
+  virtual void append_all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) = 0;
+
+  // Appends tokens and gives the MTP head's logits for rows 0..T-2: row t is made of the final hidden state of token t
+  // and the embedding of token t+1, and guesses token t+2.
+  virtual void append_mtp_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) = 0;
+
+  virtual std::int64_t position() const = 0;
+  virtual std::shared_ptr<const TimelineSnapshot> snapshot() const = 0;
+  virtual void restore(const TimelineSnapshot& snapshot) = 0;
+  virtual void reset() = 0;
+};
+
+// Weights bound to a backend; immutable, shared between threads.
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  virtual std::unique_ptr<Timeline> timeline(const TimelineOptions& options) const = 0;
+  virtual std::string description() const = 0;  // backend, ISA, threads
+  virtual KvType default_kv() const = 0;
+};
+
+// The views must outlive the engine.  Throws Error if the backend or the ISA is not there.
+std::unique_ptr<const Engine> make_engine(const Config& config, const ModelWeights<Views>& weights,
+                                          const EngineOptions& options);
+
+}  // namespace qwen3next

@@ -1,0 +1,3 @@
+// The engine, compiled once for those who link the library.
+#define QWEN3NEXT_REFERENCE
+#include "generate/make_engine.hpp"

@@ -1,0 +1,66 @@
+#pragma once
+// The one place that knows every backend by type.
+
+#include <memory>
+#include <string>
+
+#include "backends/cpu/cpu_backend.hpp"
+#include "core/error.hpp"
+#include "generate/backend_engine.hpp"
+#ifdef QWEN3NEXT_REFERENCE
+#include "backends/reference/reference_backend.hpp"
+#endif
+
+#ifdef QWEN3NEXT_COMPILED
+#define QWEN3NEXT_INLINE
+#else
+#define QWEN3NEXT_INLINE inline
+#endif
+
+namespace qwen3next {
+
+namespace detail {
+
+template <BackendOps B, class MakeBackend>
+std::unique_ptr<const Engine> engine_of(const Config& config, const ModelWeights<Views>& weights, KvType default_kv,
+                                        MakeBackend make_backend, std::string description) {
+  return std::make_unique<BackendEngine<B, MakeBackend>>(config, weights, default_kv, std::move(make_backend),
+                                                         std::move(description));
+}
+
+}  // namespace detail
+
+QWEN3NEXT_INLINE std::unique_ptr<const Engine> make_engine(const Config& config, const ModelWeights<Views>& weights,
+                                                           const EngineOptions& options) {
+  switch (options.backend) {
+    case Backend::cpu: {
+      const CpuOptions cpu = resolve_cpu_options(options.isa, options.threads);
+      return detail::engine_of<CpuBackend>(
+          config, weights, KvType::f16,
+          [cpu](KvType kv) {
+            CpuOptions mine = cpu;
+            mine.kv = kv;
+            return CpuBackend(mine);
+          },
+          "cpu, " + std::string(cpu.kernels->name) + ", " + std::to_string(cpu.threads) + " threads");
+    }
+    case Backend::reference:
+      if (!options.isa.empty()) throw Error("the reference backend has no ISA to choose: leave it out, or use cpu");
+      if (options.threads > 1) throw Error("the reference backend has one thread: leave threads out, or use cpu");
+#ifdef QWEN3NEXT_REFERENCE
+      return detail::engine_of<ReferenceBackend>(
+          config, weights, KvType::f32,
+          [](KvType kv) {
+            if (kv != KvType::f32)
+              throw Error("the reference backend keeps its KV cache in f32: leave kv out, or use cpu");
+            return ReferenceBackend();
+          },
+          "reference");
+#else
+      throw Error("the reference backend is not built in: define QWEN3NEXT_REFERENCE (it needs Eigen)");
+#endif
+  }
+  throw Error("unknown backend");
+}
+
+}  // namespace qwen3next

@@ -1,0 +1,130 @@
+#pragma once
+// From logits to the next token.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "core/error.hpp"
+
+namespace qwen3next {
+
+// Qwen's advice: Instruct temperature 0.7, top_p 0.8, top_k 20; Thinking 0.6, 0.95, 20.
+struct Sampling {
+  float temperature = 0.7f;      // 0: always the most probable token
+  int top_k = 20;                // keep the k most probable; 0: all
+  float top_p = 0.8f;            // keep the fewest tokens that hold this probability; 1: all
+  float min_p = 0;               // drop tokens less probable than min_p times the best
+  float presence_penalty = 0;    // subtracted from the logit of every token generated before, -2..2
+  float frequency_penalty = 0;   // the same, times how often it was generated, -2..2
+  float repetition_penalty = 1;  // divides positive and multiplies negative logits of tokens seen, prompt included
+  std::uint64_t seed = 0;        // the same seed, prompt and options give the same text
+
+  // Throws Error naming a value out of range.
+  void validate() const {
+    auto check = [](bool ok, const char* name, auto value, const char* range) {
+      if (!ok) throw Error(std::string(name) + " is " + std::to_string(value) + ", expected " + range);
+    };
+    check(temperature >= 0 && temperature <= 100, "temperature", temperature, "0..100 (0: most probable token)");
+    check(top_k >= 0, "top_k", top_k, "0 (all) or more");
+    check(top_p > 0 && top_p <= 1, "top_p", top_p, "more than 0, at most 1");
+    check(min_p >= 0 && min_p <= 1, "min_p", min_p, "0..1");
+    check(std::abs(presence_penalty) <= 2, "presence_penalty", presence_penalty, "-2..2");
+    check(std::abs(frequency_penalty) <= 2, "frequency_penalty", frequency_penalty, "-2..2");
+    check(repetition_penalty > 0 && repetition_penalty <= 10, "repetition_penalty", repetition_penalty,
+          "more than 0, at most 10 (1: none)");
+  }
+};
+
+// One stream of choices: penalties, temperature, top-k, top-p, min-p, then a draw.  Allocates only while it meets
+// tokens for the first time.
+class Sampler {
+ public:
+  explicit Sampler(const Sampling& sampling) : s_(sampling), random_(sampling.seed) { s_.validate(); }
+
+  // A token of the prompt: counts for the repetition penalty alone.
+  void observe_prompt(std::int32_t token) { seen_.try_emplace(token, 0); }
+
+  // Chooses from logits [V]; the choice counts for later penalties.
+  std::int32_t sample(std::span<const float> logits) {
+    const std::int32_t token = penalised() ? choose(apply_penalties(logits)) : choose(logits);
+    ++seen_[token];
+    return token;
+  }
+
+ private:
+  struct Candidate {
+    float logit;
+    std::int32_t token;
+  };
+  static bool better(const Candidate& a, const Candidate& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+  }
+
+  bool penalised() const { return s_.presence_penalty != 0 || s_.frequency_penalty != 0 || s_.repetition_penalty != 1; }
+
+  std::span<const float> apply_penalties(std::span<const float> logits) {
+    penalised_logits_.assign(logits.begin(), logits.end());
+    for (const auto& [token, count] : seen_) {
+      float& x = penalised_logits_[static_cast<std::size_t>(token)];
+      x = x > 0 ? x / s_.repetition_penalty : x * s_.repetition_penalty;
+      if (count > 0) x -= s_.presence_penalty + static_cast<float>(count) * s_.frequency_penalty;
+    }
+    return penalised_logits_;
+  }
+
+  std::int32_t choose(std::span<const float> logits) {
+    if (s_.temperature == 0) {
+      return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+    }
+    candidates_.clear();
+    for (std::size_t i = 0; i < logits.size(); ++i) candidates_.push_back({logits[i], static_cast<std::int32_t>(i)});
+    keep_top_k();
+
+    // Probabilities at this temperature, unnormalised: best = 1.
+    std::sort(candidates_.begin(), candidates_.end(), better);
+    const float best = candidates_.front().logit;
+    double total = 0;
+    weights_.clear();
+    for (const Candidate& c : candidates_) total += weights_.emplace_back(std::exp((c.logit - best) / s_.temperature));
+
+    // The shortest head that holds top_p of the mass, cut where min_p cuts; never empty.
+    std::size_t kept = 0;
+    double mass = 0;
+    while (kept < weights_.size() && (kept == 0 || (mass < s_.top_p * total && weights_[kept] >= s_.min_p))) {
+      mass += weights_[kept++];
+    }
+
+    double draw = static_cast<double>(random_() >> 11) * 0x1p-53 * mass;  // the same on every standard library
+    std::size_t i = 0;
+    while (i + 1 < kept && draw >= weights_[i]) draw -= weights_[i++];
+    return candidates_[i].token;
+  }
+
+  // With top_k = 0 the tail that temperature makes negligible (e^-30) is dropped before sorting.
+  void keep_top_k() {
+    if (s_.top_k > 0 && static_cast<std::size_t>(s_.top_k) < candidates_.size()) {
+      std::nth_element(candidates_.begin(), candidates_.begin() + s_.top_k, candidates_.end(), better);
+      candidates_.resize(static_cast<std::size_t>(s_.top_k));
+      return;
+    }
+    const float best = std::min_element(candidates_.begin(), candidates_.end(), better)->logit;
+    const float floor = best - 30 * s_.temperature;
+    std::erase_if(candidates_, [&](const Candidate& c) { return c.logit < floor; });
+  }
+
+  Sampling s_;
+  std::mt19937_64 random_;
+  std::unordered_map<std::int32_t, int> seen_;  // times generated; 0: in the prompt only
+  std::vector<float> penalised_logits_;
+  std::vector<Candidate> candidates_;
+  std::vector<double> weights_;
+};
+
+}  // namespace qwen3next

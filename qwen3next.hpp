@@ -1,0 +1,202 @@
+// qwen3next: the whole of Qwen3-Next in one C++20 header.
+//
+//   #include "qwen3next.hpp"
+//   #include <iostream>
+//   int main() {
+//     auto model = qwen3next::Model::open("Qwen3-Next-80B-A3B-Instruct");  // maps, validates, copies nothing
+//     auto session = model.session({.context = 32768});                    // owns KV cache and delta state
+//     session.generate("Why is the sky blue?", [](std::string_view s) { std::cout << s << std::flush; return true; });
+//   }
+//
+//   g++ -std=c++20 -O3 -march=native -fopenmp app.cpp -lutf8proc         (header only: kernels for this machine)
+//
+// Model    a file or folder, opened: immutable, shared freely between threads.  Copies share it.
+// Session  one timeline: what was read and said so far.  One thread at a time.  Its recurrent state cannot be rewound:
+//          take a snapshot() where you may want to return.
+// Error    thrown for everything that is not your program's fault: says what, where, expected, found, what to do.
+//
+// Text in, text out: Session::generate continues text, Session::chat answers a list of messages.
+// Tokens in, logits out, with a sampling loop of your own: Session::prefill, Session::decode.
+//
+// The library never prints, never aborts, and reads no environment variables.
+//
+// Compile-time switches (define before including):
+//   QWEN3NEXT_COMPILED    the engine is in the library that you link (the CMake target qwen3next): compiles faster, and
+//                         the kernels fit every x86-64 or AArch64 machine, best first
+//   QWEN3NEXT_REFERENCE   header only: build the reference backend in, too (needs Eigen)
+#pragma once
+
+#include <atomic>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "core/error.hpp"
+#include "generate/chat.hpp"
+#include "generate/defaults.hpp"
+#include "generate/engine.hpp"
+#include "generate/generate.hpp"
+#include "generate/sampler.hpp"
+#include "model/config.hpp"
+#include "model/memory_plan.hpp"
+#include "text/chat_template.hpp"
+#include "text/load.hpp"
+#include "text/tokenizer.hpp"
+#include "weights/checkpoint.hpp"
+#ifndef QWEN3NEXT_COMPILED
+#include "generate/make_engine.hpp"
+#endif
+
+namespace qwen3next {
+
+// How a model is opened.
+struct Options {
+  Backend backend = Backend::cpu;
+  std::string isa;         // cpu kernels by name (available_isas()); "": the best that this machine has
+  int threads = 0;         // 0: as many as this process may run on
+  double yarn_factor = 0;  // more than 1: YaRN context extension by this factor; 0: as the files say
+};
+
+// How a session is opened.
+struct SessionOptions {
+  std::int64_t context = 0;  // most tokens it may hold; 0: as many as the model was made for.  Memory grows as needed
+  std::optional<KvType> kv;  // KV cache type; nothing: f16 on cpu, f32 on reference
+  int batch = 512;           // most tokens that go through the layers at a time: more is faster and takes more memory
+};
+
+class Session;
+
+// A model's files, mapped and bound to a backend.
+class Model {
+ public:
+  // Opens a Hugging Face folder or a GGUF file (the first, if it is split).  Throws Error.
+  static Model open(const std::filesystem::path& path, const Options& options = {});
+
+  // The memory that a session on this model needs, in bytes, before anything is allocated.
+  MemoryPlan plan(const SessionOptions& options = {}) const;
+
+  // A new, empty timeline.  Throws Error if the options do not fit the model.
+  Session session(const SessionOptions& options = {}) const;
+
+  const Config& config() const noexcept { return shared_->checkpoint.config; }
+  const Checkpoint& checkpoint() const noexcept { return shared_->checkpoint; }
+  std::string backend_description() const { return shared_->engine->description(); }
+
+  // Loaded when first asked for, since weights can be used without.  Throw Error if the files hold none.
+  const Tokenizer& tokenizer() const;
+  const ChatTemplate& chat_template() const;
+
+  // Sampling that the model's files advise (generation_config.json or GGUF metadata), Qwen's Instruct values elsewhere.
+  Sampling sampling() const;
+  // Tokens that end a text: those of the files, else <|im_end|> and <|endoftext|>.
+  std::vector<std::int32_t> stop_tokens() const;
+
+ private:
+  friend class Session;
+  struct Shared {
+    explicit Shared(Checkpoint c) : checkpoint(std::move(c)) {}
+    Checkpoint checkpoint;
+    std::unique_ptr<const Engine> engine;
+    mutable std::once_flag tokenizer_once, template_once, defaults_once;
+    mutable std::optional<Tokenizer> tokenizer;
+    mutable std::optional<ChatTemplate> chat_template;
+    mutable GenerationDefaults defaults;
+  };
+  const GenerationDefaults& defaults() const;
+
+  std::shared_ptr<const Shared> shared_;
+};
+
+// A session's state at some moment.  Cheap to copy; outlives its session.
+class Snapshot {
+ public:
+  std::int64_t position() const noexcept { return static_cast<std::int64_t>(tokens_.size()); }
+
+ private:
+  friend class Session;
+  std::shared_ptr<const TimelineSnapshot> state_;
+  std::vector<std::int32_t> tokens_;
+  std::vector<float> logits_;
+};
+
+class Session {
+ public:
+  // --- text ---------------------------------------------------------------------------------------------------------
+
+  // Continues the timeline with `prompt`, then with what the model makes of it.  Control tokens in the prompt are text.
+  Generated generate(std::string_view prompt, const OnText& on_text, const GenerateOptions& options);
+  Generated generate(std::string_view prompt, const OnText& on_text = {}) {
+    return generate(prompt, on_text, default_options());
+  }
+
+  // Answers a conversation: OpenAI-style messages (role, content, tool_calls ...), rendered by the model's template.
+  // Give the whole list each time; what the session already holds of it is not computed again.
+  Answer chat(const nlohmann::ordered_json& messages, const OnEvent& on_event, const GenerateOptions& options,
+              const nlohmann::ordered_json& tools = nullptr);
+  Answer chat(const nlohmann::ordered_json& messages, const OnEvent& on_event = {}) {
+    return chat(messages, on_event, default_options());
+  }
+
+  // Sampling and stop tokens as the model's files advise.
+  GenerateOptions default_options() const {
+    return {.sampling = model_.sampling(), .stop_tokens = model_.stop_tokens()};
+  }
+
+  // --- tokens -------------------------------------------------------------------------------------------------------
+
+  // Appends tokens; returns the logits [vocab_size] that follow the last one, valid until the next call.
+  // Throws Error if they do not fit the context or are not in the vocabulary, Cancelled if `progress` returns false
+  // (tokens done until then stay: see tokens()).
+  std::span<const float> prefill(std::span<const std::int32_t> tokens, const Progress& progress = {});
+  std::span<const float> decode(std::int32_t token) { return prefill({&token, 1}); }
+
+  // Makes the timeline hold exactly `tokens`, computing only what is not there yet: all of it, unless the timeline is
+  // a beginning of `tokens`.  Returns how many were there.
+  struct Synced {
+    std::span<const float> logits;
+    std::int64_t reused;
+  };
+  Synced sync(std::span<const std::int32_t> tokens, const Progress& progress = {});
+
+  // Appends tokens and gives the logits of every one; of the MTP head, for every one but the last.
+  void all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink);
+  void mtp_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink);
+
+  // --- the timeline -------------------------------------------------------------------------------------------------
+
+  std::span<const std::int32_t> tokens() const noexcept { return tokens_; }
+  std::int64_t context() const noexcept { return context_; }
+  const Model& model() const noexcept { return model_; }
+
+  // Exact: what follows a restore is bit for bit what followed the snapshot.  Throws Error if the snapshot is of
+  // another model's session or of another KV type.
+  Snapshot snapshot() const;
+  void restore(const Snapshot& snapshot);
+  void reset();
+
+ private:
+  friend class Model;
+  Session(Model model, std::int64_t context, std::unique_ptr<Timeline> timeline)
+      : model_(std::move(model)), context_(context), timeline_(std::move(timeline)) {}
+
+  void check_room(std::size_t count) const;
+  // Samples until something ends it; `on_text` sees the answer.
+  void run(std::span<const float> logits, const GenerateOptions& options, const OnText& on_text, Generated& result);
+
+  Model model_;
+  std::int64_t context_;
+  std::unique_ptr<Timeline> timeline_;
+  std::vector<std::int32_t> tokens_;
+  std::vector<float> logits_;  // those that follow the last token
+};
+
+}  // namespace qwen3next
+
+#include "generate/session.hpp"  // IWYU pragma: keep: the definitions
