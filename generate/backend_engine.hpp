@@ -15,15 +15,18 @@ namespace qwen3next {
 
 template <BackendOps B>
 struct BackendSnapshot final : TimelineSnapshot {
-  explicit BackendSnapshot(const SequenceState<B>& s) : state(s) {}
+  BackendSnapshot(const ModelWeights<B>* m, KvType k, const SequenceState<B>& s) : model(m), kv(k), state(s) {}
+  const ModelWeights<B>* model;  // which model's, by identity
+  KvType kv;
   SequenceState<B> state;
 };
 
 template <BackendOps B>
 class BackendTimeline final : public Timeline {
  public:
-  BackendTimeline(B backend, const Config& config, const ModelWeights<B>& weights, int batch)
+  BackendTimeline(B backend, const Config& config, const ModelWeights<B>& weights, KvType kv, int batch)
       : be_(std::move(backend)),
+        kv_(kv),
         c_(config),
         w_(weights),
         state_(be_, config),
@@ -64,11 +67,12 @@ class BackendTimeline final : public Timeline {
 
   std::int64_t position() const override { return state_.position; }
   std::shared_ptr<const TimelineSnapshot> snapshot() const override {
-    return std::make_shared<BackendSnapshot<B>>(state_);
+    return std::make_shared<BackendSnapshot<B>>(&w_, kv_, state_);
   }
   void restore(const TimelineSnapshot& snapshot) override {
     const auto* mine = dynamic_cast<const BackendSnapshot<B>*>(&snapshot);
-    if (!mine) throw Error("this snapshot was taken on another backend; snapshots fit sessions of the same model");
+    if (!mine || mine->model != &w_) throw Error("this snapshot is another model's: it fits sessions of its own Model");
+    if (mine->kv != kv_) throw Error("this snapshot's KV cache is of another type than the session's: open both alike");
     state_ = mine->state;
   }
   void reset() override { state_ = SequenceState<B>(be_, c_); }
@@ -120,6 +124,7 @@ class BackendTimeline final : public Timeline {
   }
 
   B be_;
+  KvType kv_;
   const Config& c_;
   const ModelWeights<B>& w_;
   SequenceState<B> state_;
@@ -140,8 +145,8 @@ class BackendEngine final : public Engine {
   }
   std::unique_ptr<Timeline> timeline(const TimelineOptions& options) const override {
     if (options.batch < 1) throw Error("batch is " + std::to_string(options.batch) + ", expected at least 1");
-    return std::make_unique<BackendTimeline<B>>(make_backend_(options.kv.value_or(default_kv_)), config_, weights_,
-                                                options.batch);
+    const KvType kv = options.kv.value_or(default_kv_);
+    return std::make_unique<BackendTimeline<B>>(make_backend_(kv), config_, weights_, kv, options.batch);
   }
   std::string description() const override { return description_; }
   KvType default_kv() const override { return default_kv_; }

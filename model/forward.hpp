@@ -89,7 +89,7 @@ void decoder_layer(B& be, const Config& c, const LayerWeights<B>& w, Activations
 }
 
 // Points the layer's segments at what each sequence keeps there.
-template <Backend B, class StateOf>
+template <BackendOps B, class StateOf>
 void enter_layer(Activations<B>& a, std::span<const SequenceRows<B>> sequences, StateOf state_of) {
   a.delta_segments.clear();
   a.kv_segments.clear();
