@@ -13,7 +13,7 @@ using Json = nlohmann::json;
 
 // Parses `text`; `source` names it in errors.  A document nested deeper than `max_depth` is refused, since what comes
 // after is recursive.
-inline Json parse_json(std::string_view text, std::string_view source, int max_depth = 64) {
+inline Json read_json(std::string_view text, std::string_view source, int max_depth = 64) {
   const auto limit_depth = [&](int depth, Json::parse_event_t, Json&) {
     if (depth > max_depth) throw_error(source, ": JSON nested deeper than ", max_depth, " levels");
     return true;
@@ -28,12 +28,18 @@ inline Json parse_json(std::string_view text, std::string_view source, int max_d
 // What a JSON value is, for "expected a number, found a string".
 inline std::string_view json_kind(const Json& value) {
   switch (value.type()) {
-    case Json::value_t::null: return "null";
-    case Json::value_t::boolean: return "a boolean";
-    case Json::value_t::string: return "a string";
-    case Json::value_t::array: return "an array";
-    case Json::value_t::object: return "an object";
-    default: return "a number";
+    case Json::value_t::null:
+      return "null";
+    case Json::value_t::boolean:
+      return "a boolean";
+    case Json::value_t::string:
+      return "a string";
+    case Json::value_t::array:
+      return "an array";
+    case Json::value_t::object:
+      return "an object";
+    default:
+      return "a number";
   }
 }
 

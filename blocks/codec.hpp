@@ -1,0 +1,85 @@
+#pragma once
+// Rows of any stored type to floats and back.  Scalar and plain: the meaning of the formats, which every faster kernel
+// is tested against.  One header per family of types; a new type is a block struct with unpack() and pack(), a line in
+// dtype.hpp and a line in each switch below.
+
+#include <cassert>
+#include <cstddef>
+#include <cstdint>
+
+#include "blocks/dtype.hpp"
+#include "blocks/floats.hpp"
+#include "blocks/half.hpp"
+#include "blocks/k_quants.hpp"
+#include "blocks/k_quants_pack.hpp"
+#include "blocks/q8_0.hpp"
+
+namespace qwen3next {
+
+namespace detail {
+
+template <class Block>
+void unpack_row(const std::byte* src, float* dst, std::int64_t n) noexcept {
+  for (std::int64_t i = 0; i < n; i += Block::elements, src += sizeof(Block)) unpack(load<Block>(src), dst + i);
+}
+
+template <class Block>
+void pack_row(const float* src, std::byte* dst, std::int64_t n, const float* importance) noexcept {
+  for (std::int64_t i = 0; i < n; i += Block::elements, dst += sizeof(Block)) {
+    Block block;
+    pack(src + i, importance ? importance + i : nullptr, block);
+    store(dst, block);
+  }
+}
+
+}  // namespace detail
+
+// n elements, a multiple of the type's block; `src` at any address.
+inline void dequantize_row(DType type, const std::byte* src, float* dst, std::int64_t n) noexcept {
+  assert(fits_blocks(type, n));
+  switch (type) {
+    case DType::f32:
+      return unpack_f32(src, dst, n);
+    case DType::f16:
+      return unpack_f16(src, dst, n);
+    case DType::bf16:
+      return unpack_bf16(src, dst, n);
+    case DType::q8_0:
+      return detail::unpack_row<BlockQ8_0>(src, dst, n);
+    case DType::q3_k:
+      return detail::unpack_row<BlockQ3_K>(src, dst, n);
+    case DType::q4_k:
+      return detail::unpack_row<BlockQ4_K>(src, dst, n);
+    case DType::q5_k:
+      return detail::unpack_row<BlockQ5_K>(src, dst, n);
+    case DType::q6_k:
+      return detail::unpack_row<BlockQ6_K>(src, dst, n);
+  }
+}
+
+// Deterministic.  `importance`, one value >= 0 per column or null, weighs the squared error of each column: the mean
+// square of the activations that meet it.  Values must be finite.
+inline void quantize_row(DType type, const float* src, std::byte* dst, std::int64_t n,
+                         const float* importance = nullptr) noexcept {
+  assert(fits_blocks(type, n));
+  switch (type) {
+    case DType::f32:
+      return pack_f32(src, dst, n);
+    case DType::f16:
+      return pack_f16(src, dst, n);
+    case DType::bf16:
+      return pack_bf16(src, dst, n);
+    case DType::q8_0:
+      return detail::pack_row<BlockQ8_0>(src, dst, n, importance);
+    case DType::q3_k:
+      return detail::pack_row<BlockQ3_K>(src, dst, n, importance);
+    case DType::q4_k:
+      return detail::pack_row<BlockQ4_K>(src, dst, n, importance);
+    case DType::q5_k:
+      return detail::pack_row<BlockQ5_K>(src, dst, n, importance);
+    case DType::q6_k:
+      return detail::pack_row<BlockQ6_K>(src, dst, n, importance);
+  }
+}
+
+}  // namespace qwen3next

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Make tests/golden/blocks with the `gguf` package as the oracle.
+
+For each quantised type NAME.bin: the blocks, then their values as F32. The blocks are random bytes under random F16
+scales (small, subnormal, negative, zero), so that every bit of the layout has a say in some value.
+
+usage: tools/make_block_goldens.py [--out tests/golden/blocks]     needs numpy, gguf
+"""
+import argparse
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+SCALES = {"Q8_0": [0], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}  # offsets of F16 d, dmin
+ELEMENTS = 2048  # a file
+
+
+def blocks(name: str, rng: np.random.Generator) -> np.ndarray:
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    count = ELEMENTS // elements
+    raw = rng.integers(0, 256, (count, size), dtype=np.uint8)
+    for offset in SCALES[name]:
+        d = rng.standard_normal(count) * 10.0 ** rng.uniform(-7, 1, count)
+        d[0] = 0.0
+        d[1] = -(2.0**-24)
+        raw[:, offset : offset + 2] = d.astype(np.float16).view(np.uint8).reshape(count, 2)
+    return raw
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "tests/golden/blocks")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(SCALES):
+        raw = blocks(name, np.random.default_rng(i))
+        values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]).astype("<f4")
+        assert values.size == ELEMENTS and np.isfinite(values).all()
+        (out / f"{name}.bin").write_bytes(raw.tobytes() + values.tobytes())
+        print(f"{name}: {len(raw)} blocks")
+
+
+if __name__ == "__main__":
+    main()
