@@ -1,0 +1,277 @@
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "tests/weights/fixtures.hpp"
+#include "weights/checkpoint.hpp"
+#include "weights/quantize.hpp"
+
+using namespace qwen3next;
+using namespace qwen3next::test;
+
+namespace {
+
+fs::path golden_model(const std::string& name) { return fs::path(QWEN3NEXT_SOURCE_DIR) / "tests/golden/model" / name; }
+
+// Every tensor of a checkpoint as floats, in the order of model/weights.hpp.
+std::vector<std::vector<float>> all_floats(const Checkpoint& checkpoint) {
+  std::vector<std::vector<float>> out;
+  ModelWeights<Views> unused;
+  zip(checkpoint.weights, unused, [&](const auto& from, auto&) { out.push_back(floats(from)); });
+  return out;
+}
+
+void check_near(const Checkpoint& a, const Checkpoint& b, double bound) {
+  const auto x = all_floats(a), y = all_floats(b);
+  REQUIRE(x.size() == y.size());
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    CAPTURE(i);
+    REQUIRE(x[i].size() == y[i].size());
+    double error = 0, square = 0;
+    for (std::size_t j = 0; j < x[i].size(); ++j) {
+      const double e = static_cast<double>(x[i][j]) - static_cast<double>(y[i][j]);
+      error += e * e;
+      square += static_cast<double>(x[i][j]) * static_cast<double>(x[i][j]);
+    }
+    CHECK(error <= bound * bound * square);
+  }
+}
+
+const TensorRecord* record(const Checkpoint& checkpoint, const std::string& name) {
+  for (const TensorRecord& r : checkpoint.records) {
+    if (r.name == name) return &r;
+  }
+  return nullptr;
+}
+
+std::size_t files_in(const fs::path& folder) {
+  return static_cast<std::size_t>(std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
+}
+
+}  // namespace
+
+TEST_CASE("a GGUF of the source's own type holds the same model") {
+  const std::map<std::string, std::string> types{
+      {"release", "BF16"}, {"yarn", "BF16"}, {"fused", "F32"}, {"sharded", "F16"}};
+  for (const auto& [name, type] : types) {
+    CAPTURE(name);
+    const TempFolder folder;
+    const Checkpoint in = Checkpoint::open(golden_model(name));
+    const QuantizeSummary summary = quantize(in, folder / "out.gguf", {.type = type});
+    const Checkpoint out = Checkpoint::open(folder / "out.gguf");
+    check_near(in, out, 0);
+    CHECK(summary.fallbacks.empty());
+    CHECK(summary.file_bytes == fs::file_size(folder / "out.gguf"));
+    CHECK(out.config.has_mtp == in.config.has_mtp);
+    CHECK(out.config.tie_word_embeddings == in.config.tie_word_embeddings);
+    CHECK(out.config.layer_types == in.config.layer_types);
+    CHECK(out.metadata.get<std::string_view>("general.name") == name);
+    for (const TensorRecord& r : out.records) CHECK(r.offset % GgufWriter::alignment == 0);
+
+    quantize(out, folder / "again.gguf", {.type = type});
+    check_near(in, Checkpoint::open(folder / "again.gguf"), 0);
+  }
+}
+
+TEST_CASE("tensors have llama.cpp's names and shapes") {
+  const TempFolder folder;
+  const Checkpoint in = Checkpoint::open(golden_model("release"));
+  quantize(in, folder / "out.gguf", {.type = "BF16"});
+  const Checkpoint out = Checkpoint::open(folder / "out.gguf");
+  const Config& c = in.config;
+  const auto check = [&](const std::string& name, const std::string& dtype, const Shape& shape) {
+    CAPTURE(name);
+    const TensorRecord* r = record(out, name);
+    REQUIRE(r);
+    CHECK(r->dtype == dtype);
+    CHECK(r->shape.text() == shape.text());
+  };
+  const int H = c.hidden_size;
+  check("token_embd.weight", "BF16", {c.vocab_size, H});
+  check("output.weight", "BF16", {c.vocab_size, H});
+  check("output_norm.weight", "F32", {H});
+  check("blk.0.attn_qkv.weight", "BF16", {c.conv_dim(), H});
+  check("blk.0.attn_gate.weight", "BF16", {c.value_dim(), H});
+  check("blk.0.ssm_ba.weight", "BF16", {2 * c.linear_num_value_heads, H});
+  check("blk.0.ssm_conv1d.weight", "F32", {c.conv_dim(), c.linear_conv_kernel_dim});
+  check("blk.0.ssm_a", "F32", {c.linear_num_value_heads});
+  check("blk.0.ssm_dt.bias", "F32", {c.linear_num_value_heads});
+  check("blk.0.ffn_gate_inp.weight", "F32", {c.num_experts, H});
+  check("blk.0.ffn_down_exps.weight", "BF16", {c.num_experts, H, c.moe_intermediate_size});
+  check("blk.0.ffn_gate_inp_shexp.weight", "F32", {H});
+  check("blk.3.attn_q.weight", "BF16", {2 * c.attention_dim(), H});
+  const std::string mtp = "blk." + std::to_string(c.num_hidden_layers) + ".";
+  check(mtp + "nextn.eh_proj.weight", "BF16", {H, 2 * H});
+  check(mtp + "nextn.shared_head_norm.weight", "F32", {H});
+  check(mtp + "attn_v.weight", "BF16", {c.kv_dim(), H});
+  CHECK(out.metadata.get<std::int64_t>("general.file_type") == 32);
+  CHECK(out.metadata.get<std::int64_t>("general.quantization_version") == 2);
+}
+
+TEST_CASE("rows that are not whole blocks fall back, and the summary says so") {
+  const TempFolder folder;
+  const Checkpoint in = Checkpoint::open(golden_model("yarn"));  // hidden 32, experts 16 wide
+  const QuantizeSummary summary = quantize(in, folder / "out.gguf", {.type = "Q4_K_M", .measure = true});
+  const Checkpoint out = Checkpoint::open(folder / "out.gguf");
+  check_near(in, out, 0.012);
+  CHECK(record(out, "blk.0.ffn_gate_exps.weight")->dtype == "Q8_0");
+  CHECK(record(out, "blk.0.ffn_down_exps.weight")->dtype == "F16");
+  CHECK_FALSE(summary.fallbacks.empty());
+  for (const Fallback& f : summary.fallbacks) {
+    CAPTURE(f.name);
+    CHECK(f.used == *record(out, f.name)->type);
+    CHECK(f.wanted != f.used);
+  }
+  std::size_t tensors = 0;
+  for (const auto& per : summary.types) {
+    tensors += per.tensors;
+    if (per.type == DType::q8_0) CHECK(*per.relative_rmse == doctest::Approx(0.005).epsilon(0.5));
+  }
+  CHECK(tensors == out.records.size());
+}
+
+TEST_CASE("the mixture gives bits to what needs them") {
+  // Only the plan: views of the 80B's shapes that point nowhere.
+  Config c;
+  c.layer_types = interval_layer_types(c.num_hidden_layers, 4);
+  c.has_mtp = true;
+  c.num_experts = 2;
+  static const std::byte nowhere{};
+  const auto matrix = [&](int rows, int cols) { return WeightView::contiguous(&nowhere, DType::bf16, rows, cols); };
+  ModelWeights<Views> w;
+  const int H = c.hidden_size, I = c.moe_intermediate_size;
+  const auto fill_layer = [&](LayerWeights<Views>& l, bool full) {
+    if (full) {
+      auto& a = l.self_attn.emplace();
+      a.q_proj = a.gate_proj = matrix(c.attention_dim(), H);
+      a.k_proj = a.v_proj = matrix(c.kv_dim(), H);
+      a.o_proj = matrix(H, c.attention_dim());
+      a.q_norm.size = a.k_norm.size = c.head_dim;
+    } else {
+      auto& d = l.linear_attn.emplace();
+      d.in_proj_q = d.in_proj_k = matrix(c.key_dim(), H);
+      d.in_proj_v = d.in_proj_z = matrix(c.value_dim(), H);
+      d.in_proj_b = d.in_proj_a = matrix(c.linear_num_value_heads, H);
+      d.out_proj = matrix(H, c.value_dim());
+      d.conv1d.size = c.conv_dim() * c.linear_conv_kernel_dim;
+      d.conv1d.cols = c.linear_conv_kernel_dim;
+      d.A.size = d.dt_bias.size = c.linear_num_value_heads;
+      d.norm.size = c.linear_value_head_dim;
+    }
+    l.input_layernorm.size = l.post_attention_layernorm.size = H;
+    l.mlp.gate = matrix(c.num_experts, H);
+    l.mlp.experts.assign(2, {matrix(I, H), matrix(I, H), matrix(H, I)});
+    l.mlp.shared_gate_proj = l.mlp.shared_up_proj = matrix(I, H);
+    l.mlp.shared_down_proj = matrix(H, I);
+    l.mlp.shared_expert_gate = matrix(1, H);
+  };
+  w.embed_tokens = w.lm_head = matrix(c.vocab_size, H);
+  w.norm.size = H;
+  w.layers.resize(48);
+  for (int i = 0; i < 48; ++i) fill_layer(w.layers[static_cast<std::size_t>(i)], c.full_attention(i));
+  auto& mtp = w.mtp.emplace();
+  fill_layer(mtp.layer, true);
+  mtp.fc = matrix(H, 2 * H);
+  mtp.pre_fc_norm_embedding.size = mtp.pre_fc_norm_hidden.size = mtp.norm.size = H;
+
+  const QuantizePlan plan = plan_quantization(c, w, find_mix("Q4_K_M"), {{"ssm_out", DType::q5_k}});
+  CHECK(plan.tensors.size() == 843 + 20);
+  CHECK(plan.fallbacks.empty());
+  std::map<std::string, DType> type;
+  int down_q6 = 0;
+  for (const PlannedTensor& t : plan.tensors) {
+    type[t.name] = t.type;
+    down_q6 += t.name.find("ffn_down_exps") != std::string::npos && t.type == DType::q6_k;
+    if (t.shape.rank == 3) CHECK(t.bytes() / 2 % GgufWriter::alignment == 0);  // expert slices
+    if (t.name.starts_with("blk.48.") && t.shape.rank > 1 && t.role != Role::exact) {
+      CHECK((t.type == DType::q5_k || t.type == DType::q6_k));
+    }
+  }
+  CHECK(down_q6 == 24 + 1);
+  CHECK(type["token_embd.weight"] == DType::q4_k);
+  CHECK(type["output.weight"] == DType::q6_k);
+  CHECK(type["blk.0.attn_qkv.weight"] == DType::q6_k);
+  CHECK(type["blk.9.ffn_down_exps.weight"] == DType::q4_k);
+  CHECK(type["blk.0.ssm_out.weight"] == DType::q5_k);
+  CHECK(type["blk.0.ffn_gate_inp.weight"] == DType::f32);
+
+  c.tie_word_embeddings = true;
+  const QuantizePlan tied = plan_quantization(c, w, find_mix("Q4_K_M"), {});
+  CHECK(tied.tensors.size() == 843 + 20 - 1);
+  CHECK(tied.tensors[0].type == DType::q6_k);
+}
+
+TEST_CASE("threads do not show in the output") {
+  const TempFolder folder;
+  const Checkpoint in = Checkpoint::open(golden_model("sharded"));
+  quantize(in, folder / "one.gguf", {.type = "Q8_0", .threads = 1});
+  quantize(in, folder / "many.gguf", {.type = "Q8_0", .threads = 5});
+  CHECK(read_text(folder / "one.gguf") == read_text(folder / "many.gguf"));
+}
+
+TEST_CASE("a cancelled quantisation leaves nothing behind") {
+  const TempFolder folder;
+  const Checkpoint in = Checkpoint::open(golden_model("release"));
+  for (const int stop_at : {0, 1}) {
+    int calls = 0;
+    const auto progress = [&](const QuantizeProgress& p) {
+      CHECK(p.bytes_read <= p.bytes_to_read);
+      CHECK(p.bytes_written <= p.bytes_to_write);
+      return calls++ < stop_at;
+    };
+    CHECK_THROWS_AS(quantize(in, folder / "out.gguf", {.type = "BF16"}, progress), Cancelled);
+    CHECK(files_in(folder.path()) == 0);
+  }
+}
+
+TEST_CASE("what cannot be done is refused") {
+  const TempFolder folder;
+  const Checkpoint in = Checkpoint::open(golden_model("release"));
+  const fs::path out = folder / "out.gguf";
+  const auto refusal = [&](const QuantizeOptions& options) { return error_of([&] { quantize(in, out, options); }); };
+  CHECK(contains(refusal({.type = "Q4_X"}), "Q4_K_M"));
+  CHECK(contains(refusal({.type = "BF16", .tensor_types = {{"(", DType::f16}}}), "regular expression"));
+  CHECK(contains(refusal({.type = "BF16", .tensor_types = {{"attn_norm", DType::f16}}}), "matches no matrix"));
+  CHECK(contains(refusal({.type = "BF16", .tensor_types = {{"output", DType::q4_k}}}), "whole blocks"));
+  CHECK(contains(refusal({.type = "BF16", .threads = -1}), "threads"));
+  CHECK(files_in(folder.path()) == 0);
+
+  quantize(in, out, {.type = "BF16", .tensor_types = {{"ffn_.*_exps", DType::f32}}});
+  CHECK(record(Checkpoint::open(out), "blk.1.ffn_up_exps.weight")->dtype == "F32");
+  CHECK(contains(refusal({.type = "BF16"}), "exists already"));
+  quantize(in, out, {.type = "BF16", .overwrite = true});
+  const Checkpoint self = Checkpoint::open(out);
+  CHECK(contains(error_of([&] { quantize(self, out, {.type = "BF16", .overwrite = true}); }), "the source itself"));
+  CHECK(files_in(folder.path()) == 1);
+}
+
+TEST_CASE("values that no block can hold are named") {
+  const TempFolder folder;
+  const fs::path copy = folder / "model";
+  fs::copy(golden_model("release"), copy);
+  std::uint64_t offset = 0;
+  {
+    const Checkpoint in = Checkpoint::open(copy);
+    offset = in.locate(in.weights.lm_head.data)->offset;
+  }
+  const auto with_value = [&](std::uint16_t bf16, const std::string& type) {
+    std::fstream file(copy / "model.safetensors", std::ios::binary | std::ios::in | std::ios::out);
+    file.seekp(static_cast<std::streamoff>(offset));
+    file.write(reinterpret_cast<const char*>(&bf16), sizeof bf16);
+    file.close();
+    const Checkpoint in = Checkpoint::open(copy);
+    const std::string message = error_of([&] { quantize(in, folder / "out.gguf", {.type = type}); });
+    CHECK(contains(message, "output.weight"));
+    CHECK(files_in(folder.path()) == 1);
+    return message;
+  };
+  CHECK(contains(with_value(0x7fc0, "F16"), "not finite"));
+  CHECK(contains(with_value(0x7f80, "Q8_0"), "not finite"));
+  CHECK(contains(with_value(0x4980, "F16"), "too large"));
+}

@@ -1,0 +1,175 @@
+#pragma once
+// Finds the tensors of a checkpoint by name and turns them into views; keeps account of what is missing or left over.
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "blocks/codec.hpp"
+#include "blocks/weight_view.hpp"
+#include "core/message.hpp"
+#include "weights/mapped_file.hpp"
+#include "weights/tensor_record.hpp"
+
+namespace qwen3next {
+
+enum class Format : std::uint8_t { huggingface, gguf };
+
+// A vector that could not be used in place.
+struct VectorCopy {
+  std::string name;
+  std::string why;
+  std::vector<float> values;  // views point here: never resized; moving the object keeps them valid
+
+  std::size_t bytes() const noexcept { return values.size() * sizeof(float); }
+};
+
+// What a tensor is called in either container, without the layer's prefix.
+struct TensorName {
+  std::string_view huggingface, gguf;
+};
+
+class Binder {
+ public:
+  // `records`, `files` and `copies` outlive the binder; `source` names the checkpoint in errors.
+  Binder(Format format, const std::vector<TensorRecord>& records, const std::vector<MappedFile>& files,
+         std::string source, std::vector<VectorCopy>& copies)
+      : format_(format), records_(records), files_(files), source_(std::move(source)), copies_(copies) {
+    index_.reserve(records.size());
+    for (std::size_t i = 0; i < records.size(); ++i) {
+      const auto [other, added] = index_.emplace(records[i].name, i);
+      if (!added) {
+        throw_error(file(records[i]), ": tensor ", printable(records[i].name), " is also in ",
+                    file(records[other->second]), "; the files do not belong together");
+      }
+    }
+    used_.resize(records.size());
+  }
+
+  bool gguf() const noexcept { return format_ == Format::gguf; }
+  const std::string& source() const noexcept { return source_; }
+
+  // Names are looked up after `prefix` + its name in this container.
+  std::string_view pick(TensorName name) const noexcept { return gguf() ? name.gguf : name.huggingface; }
+  const TensorRecord* find(std::string_view prefix, TensorName name) const { return lookup(prefix, pick(name)).first; }
+  bool has(std::string_view prefix, TensorName name) const { return find(prefix, name) != nullptr; }
+
+  // The record, its shape checked (up to leading ones) and itself marked as used; nullptr if missing, which is noted.
+  const TensorRecord* take(std::string_view prefix, TensorName name, const Shape& expected) {
+    const auto [record, i] = lookup(prefix, pick(name));
+    if (!record) {
+      missing_.emplace_back(concat(prefix, pick(name)));
+      return nullptr;
+    }
+    used_[i] = true;
+    if (!record->shape.same(expected)) {
+      throw_error(file(*record), ": tensor ", printable(record->name), " is ", record->shape.text(), ", expected ",
+                  expected.text(), " by the config; the two do not belong together");
+    }
+    if (!record->type) {
+      throw_error(file(*record), ": tensor ", printable(record->name), " is ", record->dtype, ", expected ",
+                  gguf() ? "F32, F16, BF16, Q8_0 or a K-quant" : "F32, F16 or BF16",
+                  "; this type is not supported: use another file of the model");
+    }
+    return record;
+  }
+
+  // A tensor that is there but has nothing to say.
+  void ignore(std::string_view prefix, TensorName name) {
+    if (const auto [record, i] = lookup(prefix, pick(name)); record) used_[i] = true;
+  }
+
+  // A matrix in place; an empty view if it is missing.
+  WeightView matrix(std::string_view prefix, TensorName name, int rows, int cols) {
+    const TensorRecord* record = take(prefix, name, {rows, cols});
+    return record ? WeightView::contiguous(record->data, *record->type, rows, cols) : WeightView{};
+  }
+
+  // `count` matrices [rows, cols], one after the other in one tensor.
+  std::vector<WeightView> stack(std::string_view prefix, TensorName name, int count, int rows, int cols) {
+    std::vector<WeightView> views(static_cast<std::size_t>(count));
+    const TensorRecord* record = take(prefix, name, {count, rows, cols});
+    if (!record) return views;
+    const std::byte* data = record->data;
+    for (WeightView& view : views) {
+      view = WeightView::contiguous(data, *record->type, rows, cols);
+      data += view.bytes();
+    }
+    return views;
+  }
+
+  // How a vector is to be held, beside being F32.
+  enum class Transform { none, add_one, minus_exp };
+
+  // A vector, in place where it is F32, aligned and needs no change, else as a copy; an empty view if it is missing.
+  VectorView vector(std::string_view prefix, TensorName name, const Shape& shape, Transform transform) {
+    const TensorRecord* record = take(prefix, name, shape);
+    if (!record) return {};
+    const int cols = shape.rank > 1 ? static_cast<int>(shape[shape.rank - 1]) : 1;
+    const int size = static_cast<int>(*record->shape.elements());
+    const bool aligned = reinterpret_cast<std::uintptr_t>(record->data) % alignof(float) == 0;
+    if (record->type == DType::f32 && aligned && transform == Transform::none) {
+      return {reinterpret_cast<const float*>(record->data), size, cols};
+    }
+    VectorCopy& copy = copies_.emplace_back();
+    copy.name = record->name;
+    copy.why = transform == Transform::add_one     ? "held as 1 + w"
+               : transform == Transform::minus_exp ? "held as -exp(A_log)"
+               : record->type != DType::f32        ? concat("converted from ", record->dtype, " to F32")
+                                                   : "not aligned in the file";
+    copy.values.resize(static_cast<std::size_t>(size));
+    dequantize_row(*record->type, record->data, copy.values.data(), size);
+    for (float& value : copy.values) {
+      if (transform == Transform::add_one) value += 1;
+      if (transform == Transform::minus_exp) value = -std::exp(value);
+    }
+    return {copy.values.data(), size, cols};
+  }
+
+  // Throws unless every tensor was found and used.
+  void finish() const {
+    std::vector<std::string> unexpected;
+    for (std::size_t i = 0; i < records_.size(); ++i) {
+      if (!used_[i]) unexpected.push_back(records_[i].name);
+    }
+    if (missing_.empty() && unexpected.empty()) return;
+    std::string what = missing_.empty() ? "" : list(missing_, "missing");
+    if (!unexpected.empty()) what += (what.empty() ? "" : "; ") + list(unexpected, "unexpected");
+    throw_error(source_, ": ", what,
+                missing_.empty() ? "; this is not a Qwen3-Next of the given config"
+                                 : "; the files are incomplete or of another model");
+  }
+
+  std::string file(const TensorRecord& record) const { return files_[static_cast<std::size_t>(record.file)].name(); }
+
+ private:
+  std::pair<const TensorRecord*, std::size_t> lookup(std::string_view prefix, std::string_view name) const {
+    key_.assign(prefix).append(name);
+    const auto found = index_.find(key_);
+    if (found == index_.end()) return {nullptr, 0};
+    return {&records_[found->second], found->second};
+  }
+
+  static std::string list(const std::vector<std::string>& names, std::string_view what) {
+    std::string out = concat(names.size(), " tensor", names.size() == 1 ? "" : "s", " ", what, " (");
+    constexpr std::size_t shown = 4;
+    for (std::size_t i = 0; i < names.size() && i < shown; ++i) out += (i ? ", " : "") + printable(names[i]);
+    return out + (names.size() > shown ? ", ...)" : ")");
+  }
+
+  const Format format_;
+  const std::vector<TensorRecord>& records_;
+  const std::vector<MappedFile>& files_;
+  const std::string source_;
+  std::vector<VectorCopy>& copies_;
+  std::unordered_map<std::string_view, std::size_t> index_;
+  std::vector<bool> used_;
+  std::vector<std::string> missing_;
+  mutable std::string key_;  // of the look-up at hand: spares an allocation for each of 74 thousand
+};
+
+}  // namespace qwen3next

@@ -1,0 +1,187 @@
+#pragma once
+// A file in memory, read-only.  The operating system's mapping where there is one, else a plain copy.
+//
+// All POSIX calls for reading weights are here.  QWEN3NEXT_NO_MMAP chooses the copy.
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+
+#include "core/message.hpp"
+
+#if (defined(__unix__) || defined(__APPLE__)) && !defined(QWEN3NEXT_NO_MMAP)
+#define QWEN3NEXT_MMAP 1
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#else
+#define QWEN3NEXT_MMAP 0
+#endif
+
+namespace qwen3next {
+
+// The bytes stay where they are when the object is moved.  Sizes are checked at open; if another program truncates the
+// file later, reading the lost pages is a bus error, as with every mapping.
+class MappedFile {
+ public:
+  enum class Advice { normal, sequential, random, will_need, dont_need };
+
+  static MappedFile open(const std::filesystem::path& path);
+
+  MappedFile(MappedFile&& other) noexcept { swap(other); }
+  MappedFile& operator=(MappedFile&& other) noexcept {
+    MappedFile moved(std::move(other));
+    swap(moved);
+    return *this;
+  }
+  ~MappedFile();
+
+  const std::filesystem::path& path() const noexcept { return path_; }
+  const std::string& name() const noexcept { return name_; }  // the path, for messages
+  std::size_t size() const noexcept { return size_; }
+  const std::byte* data() const noexcept { return data_; }
+  std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
+  std::string_view text() const noexcept { return {reinterpret_cast<const char*>(data_), size_}; }
+  bool contains(const std::byte* p) const noexcept {
+    const auto address = reinterpret_cast<std::uintptr_t>(p), begin = reinterpret_cast<std::uintptr_t>(data_);
+    return address >= begin && address - begin < size_;
+  }
+
+  // A hint about the pages that hold [offset, offset + size); never fails.
+  void advise(Advice advice, std::size_t offset, std::size_t size) const noexcept;
+
+ private:
+  MappedFile() = default;
+  void swap(MappedFile& other) noexcept {
+    std::swap(path_, other.path_), std::swap(name_, other.name_), std::swap(data_, other.data_);
+    std::swap(size_, other.size_), std::swap(copy_, other.copy_);
+  }
+
+  std::filesystem::path path_;
+  std::string name_;
+  const std::byte* data_ = nullptr;
+  std::size_t size_ = 0;
+  std::unique_ptr<std::byte[]> copy_;  // only without mmap
+};
+
+namespace detail {
+
+// Refuses what cannot be read to the end (folders, pipes, devices) before it is opened: opening a pipe would wait.
+inline void expect_regular_file(const std::filesystem::path& path) {
+  std::error_code error;
+  const std::filesystem::file_status status = std::filesystem::status(path, error);
+  if (status.type() == std::filesystem::file_type::not_found) throw_error(display(path), ": no such file");
+  if (error) throw_error(display(path), ": ", error.message());
+  if (status.type() == std::filesystem::file_type::directory) {
+    throw_error(display(path), ": is a folder, expected a file");
+  }
+  if (status.type() != std::filesystem::file_type::regular) throw_error(display(path), ": is not a regular file");
+}
+
+}  // namespace detail
+
+#if QWEN3NEXT_MMAP
+
+inline MappedFile MappedFile::open(const std::filesystem::path& path) {
+  detail::expect_regular_file(path);
+  MappedFile file;
+  file.path_ = path;
+  file.name_ = display(path);
+  const auto fail = [&](std::string_view what) {
+    throw_error(file.name_, ": cannot ", what, ": ", std::generic_category().message(errno));
+  };
+  struct Descriptor {
+    int fd;
+    ~Descriptor() {
+      if (fd >= 0) ::close(fd);
+    }
+  } const descriptor{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (descriptor.fd < 0) fail("open it");
+  struct ::stat status {};
+  if (::fstat(descriptor.fd, &status) != 0) fail("read its size");
+  if (static_cast<std::uintmax_t>(status.st_size) > std::numeric_limits<std::ptrdiff_t>::max()) {
+    throw_error(file.name_, ": ", status.st_size, " bytes are more than this machine can address");
+  }
+  const auto size = static_cast<std::size_t>(status.st_size);
+  if (size == 0) return file;  // nothing to map
+  void* data = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor.fd, 0);
+  if (data == MAP_FAILED) fail("map it into memory");
+  file.data_ = static_cast<const std::byte*>(data);
+  file.size_ = size;
+  return file;
+}
+
+inline MappedFile::~MappedFile() {
+  if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+inline void MappedFile::advise(Advice advice, std::size_t offset, std::size_t size) const noexcept {
+  if (offset >= size_ || size == 0) return;
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  const std::size_t begin = offset / page * page, end = offset + std::min(size, size_ - offset);
+  int code = MADV_NORMAL;
+  switch (advice) {
+    case Advice::normal:
+      break;
+    case Advice::sequential:
+      code = MADV_SEQUENTIAL;
+      break;
+    case Advice::random:
+      code = MADV_RANDOM;
+      break;
+    case Advice::will_need:
+      code = MADV_WILLNEED;
+      break;
+    case Advice::dont_need:
+      code = MADV_DONTNEED;
+      break;
+  }
+  (void)::madvise(const_cast<std::byte*>(data_) + begin, end - begin, code);
+}
+
+#else
+
+inline MappedFile MappedFile::open(const std::filesystem::path& path) {
+  detail::expect_regular_file(path);
+  MappedFile file;
+  file.path_ = path;
+  file.name_ = display(path);
+  std::error_code error;
+  const std::uintmax_t size = std::filesystem::file_size(path, error);
+  if (error) throw_error(file.name_, ": cannot read its size: ", error.message());
+  if (size > static_cast<std::uintmax_t>(std::numeric_limits<std::ptrdiff_t>::max())) {
+    throw_error(file.name_, ": ", size, " bytes are more than this machine can address");
+  }
+  if (size == 0) return file;
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream) throw_error(file.name_, ": cannot open it");
+  try {
+    file.copy_.reset(new std::byte[static_cast<std::size_t>(size)]);
+  } catch (const std::bad_alloc&) {
+    throw_error(file.name_, ": no memory for its ", size, " bytes");
+  }
+  stream.read(reinterpret_cast<char*>(file.copy_.get()), static_cast<std::streamsize>(size));
+  if (stream.gcount() != static_cast<std::streamsize>(size)) throw_error(file.name_, ": cannot read all of it");
+  file.data_ = file.copy_.get();
+  file.size_ = static_cast<std::size_t>(size);
+  return file;
+}
+
+inline MappedFile::~MappedFile() = default;
+
+inline void MappedFile::advise(Advice, std::size_t, std::size_t) const noexcept {}
+
+#endif
+
+}  // namespace qwen3next
