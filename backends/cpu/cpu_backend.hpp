@@ -1,0 +1,271 @@
+#pragma once
+// The CPU backend: vector kernels for the ISA at hand, rows, heads and experts shared out over threads.
+//
+// The operations are those of backend.hpp; their meaning in plain words is backends/reference/.  An instance owns its
+// scratch memory: one caller at a time.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backends/backend.hpp"
+#include "backends/cpu/attention.hpp"
+#include "backends/cpu/dispatch.hpp"
+#include "backends/cpu/experts.hpp"
+#include "backends/cpu/linear.hpp"
+#include "backends/cpu/parallel.hpp"
+#include "backends/host_state.hpp"
+#include "backends/host_tensor.hpp"
+#include "blocks/weight_view.hpp"
+#include "core/error.hpp"
+
+namespace qwen3next {
+
+struct CpuOptions {
+  const cpu::Kernels* kernels = nullptr;  // null: the best for this machine
+  int threads = 1;
+  KvType kv = KvType::f16;
+};
+
+// From names and numbers as users give them: "" the best ISA, 0 threads all processors.
+inline CpuOptions resolve_cpu_options(const std::string& isa, int threads) {
+  if (threads < 0) throw Error("threads is " + std::to_string(threads) + ", expected 0 (all) or more");
+#if defined(_OPENMP)
+  const int all = omp_get_num_procs();
+#else
+  const int all = 1;
+#endif
+  return {&cpu::choose_kernels(isa), threads > 0 ? threads : all, KvType::f16};
+}
+
+class CpuBackend {
+ public:
+  using Tensor = HostTensor;
+  using Weight = WeightView;
+  using Vector = VectorView;
+  using Experts = ExpertViews;
+  using Routing = HostRouting;
+  using DeltaState = HostDeltaState;
+  using KvCache = HostKvCache;
+
+  explicit CpuBackend(const CpuOptions& options)
+      : k_(options.kernels ? options.kernels : &cpu::choose_kernels("")), team_(options.threads), kv_(options.kv) {}
+
+  Tensor tensor(int rows, int cols) {
+    const int stride = (cols + 15) / 16 * 16;  // rows on cache lines
+    memory_.emplace_back(sizeof(float) * static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride));
+    return {memory_.back().floats(), rows, cols, stride};
+  }
+  Routing routing(int rows, int k) { return {rows, k}; }
+  DeltaState delta_state(DeltaShape s) { return DeltaState(s); }
+  KvCache kv_cache(AttentionShape s) {
+    if (kv_ == KvType::q8_0 && s.head_dim % 32 != 0) {
+      throw Error("a q8_0 KV cache needs heads of a multiple of 32 dims, this model's have " +
+                  std::to_string(s.head_dim) + ": use f16 or f32");
+    }
+    return KvCache(s, kv_);
+  }
+  std::span<const float> host(Tensor row) { return row[0]; }
+
+  void embed(Tensor out, std::span<const std::int32_t> tokens, const Weight& w) {
+    team_.split(out.n_rows, out.n_cols, [&](int begin, int end) {
+      for (int t = begin; t < end; ++t)
+        k_->dequantize(w.type, w.row(tokens[static_cast<std::size_t>(t)]), w.cols, out.row(t));
+    });
+  }
+
+  void rms_norm(Tensor out, Tensor x, const Vector& weight, float eps) {
+    for_groups(x, weight.size,
+               [&](int t, int c) { k_->rms_norm(out.row(t) + c, x.row(t) + c, weight.data, weight.size, eps); });
+  }
+
+  void linear(Tensor x, std::initializer_list<Projection<Weight, Tensor>> projections) {
+    linear_(*k_, team_, x, std::span(projections.begin(), projections.size()));
+  }
+
+  void causal_conv1d(Tensor out, Tensor x, const Vector& taps, std::span<const Segment<DeltaState>> segments) {
+    const int C = x.n_cols, K = taps.cols;
+    for (const auto& s : segments) {
+      const int units = (C + channel_unit - 1) / channel_unit;
+      team_.split(units, static_cast<std::int64_t>(channel_unit) * K * s.count, [&](int begin, int end) {
+        const int first = begin * channel_unit, n = std::min(end * channel_unit, C) - first;
+        k_->causal_conv1d(out.row(s.begin) + first, out.stride, x.row(s.begin) + first, x.stride, s.count, n,
+                          taps.data + static_cast<std::ptrdiff_t>(first) * K, K, s.state->conv.floats() + first, C);
+      });
+    }
+  }
+
+  void delta_gates(Tensor beta, Tensor g, Tensor b, Tensor a, const Vector& A, const Vector& dt_bias) {
+    for_rows(
+        b, [&](int t) { k_->delta_gates(beta.row(t), g.row(t), b.row(t), a.row(t), A.data, dt_bias.data, b.n_cols); });
+  }
+
+  // Few tokens: token by token.  More: in chunks of 64; see delta_rule.hpp.
+  void gated_delta_rule(Tensor out, Tensor qkv, Tensor beta, Tensor g, DeltaShape shape,
+                        std::span<const Segment<DeltaState>> segments) {
+    const int Dk = shape.key_dim, Dv = shape.value_dim, Hk = shape.key_heads, Hv = shape.value_heads;
+    const auto qk = static_cast<std::size_t>(2 * delta_tokens * Dk);
+    const cpu::Scratch::Pieces space =
+        delta_scratch_.pieces(static_cast<std::size_t>(team_.size()), sizeof(float) * (qk + k_->delta_scratch(Dk, Dv)));
+    const float scale = 1 / std::sqrt(static_cast<float>(Dk));
+    team_.each(static_cast<int>(segments.size()) * Hv, [&](int item, int thread) {
+      const auto& s = segments[static_cast<std::size_t>(item / Hv)];
+      const int h = item % Hv, key_head = h / (Hv / Hk);
+      auto* q = reinterpret_cast<float*>(space[thread]);
+      float* k = q + delta_tokens * Dk;
+      for (int begin = 0; begin < s.count; begin += delta_tokens) {
+        const int T = std::min(delta_tokens, s.count - begin), row = s.begin + begin;
+        for (int t = 0; t < T; ++t) {
+          k_->l2_norm(q + t * Dk, qkv.row(row + t) + key_head * Dk, Dk, scale);
+          k_->l2_norm(k + t * Dk, qkv.row(row + t) + (Hk + key_head) * Dk, Dk, 1);
+        }
+        const cpu::Kernels::DeltaHead head{q,
+                                           k,
+                                           qkv.row(row) + 2 * Hk * Dk + h * Dv,
+                                           beta.row(row) + h,
+                                           g.row(row) + h,
+                                           out.row(row) + h * Dv,
+                                           qkv.stride,
+                                           beta.stride,
+                                           out.stride,
+                                           s.state->S.floats() + static_cast<std::ptrdiff_t>(h) * Dv * Dk,
+                                           T,
+                                           Dk,
+                                           Dv};
+        if (s.count < chunked_tokens)
+          k_->delta_recurrent(head);
+        else
+          k_->delta_chunked(head, q + qk);
+      }
+    });
+  }
+
+  void gated_rms_norm(Tensor out, Tensor o, Tensor z, const Vector& weight, float eps) {
+    for_groups(o, weight.size, [&](int t, int c) {
+      k_->gated_rms_norm(out.row(t) + c, o.row(t) + c, z.row(t) + c, weight.data, weight.size, eps);
+    });
+  }
+
+  // Angles in double: exact to float precision at any position.
+  void rope_angles(Tensor angles, std::span<const double> frequency, float scale,
+                   std::span<const Segment<KvCache>> segments) {
+    const std::size_t n = frequency.size();
+    for (const auto& s : segments) {
+      team_.split(s.count, static_cast<std::int64_t>(n) * 64, [&](int begin, int end) {
+        for (int t = begin; t < end; ++t) {
+          float* row = angles.row(s.begin + t);
+          for (std::size_t i = 0; i < n; ++i) {
+            const double angle = static_cast<double>(s.position + t) * frequency[i];
+            row[i] = scale * static_cast<float>(std::cos(angle));
+            row[n + i] = scale * static_cast<float>(std::sin(angle));
+          }
+        }
+      });
+    }
+  }
+
+  void rope(Tensor x, Tensor angles, int head_dim) {
+    const int n = angles.n_cols / 2;
+    for_rows(x, [&](int t) {
+      for (int c = 0; c < x.n_cols; c += head_dim) k_->rope(x.row(t) + c, angles.row(t), angles.row(t) + n, n);
+    });
+  }
+
+  void attention(Tensor out, Tensor q, Tensor k, Tensor v, AttentionShape shape,
+                 std::span<const Segment<KvCache>> segments) {
+    attention_(*k_, team_, out, q, k, v, shape, segments);
+  }
+
+  void sigmoid_gate(Tensor x, Tensor gate) {
+    for_rows(x, [&](int t) { k_->sigmoid_gate(x.row(t), gate.row(t), x.n_cols); });
+  }
+
+  // Of equal probabilities the lower index comes first.
+  void router(Routing& routing, Tensor logits, int k, bool normalise) {
+    routing.rows = logits.n_rows;
+    routing.k = k;
+    const auto E = static_cast<std::size_t>(logits.n_cols);
+    auto* probabilities =
+        reinterpret_cast<float*>(router_scratch_.get(sizeof(float) * E * static_cast<std::size_t>(logits.n_rows)));
+    team_.split(logits.n_rows, logits.n_cols * 8, [&](int begin, int end) {
+      for (int t = begin; t < end; ++t) {
+        float* p = probabilities + static_cast<std::size_t>(t) * E;
+        std::copy_n(logits.row(t), E, p);
+        k_->softmax(p, logits.n_cols);
+        const auto slot = static_cast<std::size_t>(t) * static_cast<std::size_t>(k);
+        top_k(p, logits.n_cols, k, routing.ids.data() + slot, routing.weights.data() + slot);
+        if (!normalise) continue;
+        float sum = 0;
+        for (int i = 0; i < k; ++i) sum += routing.weights[slot + static_cast<std::size_t>(i)];
+        for (int i = 0; i < k; ++i) routing.weights[slot + static_cast<std::size_t>(i)] /= sum;
+      }
+    });
+  }
+
+  void experts(Tensor out, Tensor x, const Experts& experts, const Routing& routing) {
+    experts_(*k_, team_, out, x, static_cast<int>(experts.size()), routing,
+             [&](int id) -> const ExpertView& { return experts[static_cast<std::size_t>(id)]; });
+  }
+
+  void swiglu(Tensor out, Tensor gate, Tensor up) {
+    for_rows(out, [&](int t) { k_->swiglu(out.row(t), gate.row(t), up.row(t), out.n_cols); });
+  }
+
+  void add(Tensor x, Tensor y) {
+    for_rows(x, [&](int t) { k_->add(x.row(t), y.row(t), 1, x.n_cols); });
+  }
+
+  void add_gated(Tensor x, Tensor y, Tensor gate) {
+    for_rows(x, [&](int t) { k_->add(x.row(t), y.row(t), k_->sigmoid(gate.row(t)[0]), x.n_cols); });
+  }
+
+  const cpu::Kernels& kernels() const noexcept { return *k_; }
+  int threads() const noexcept { return team_.size(); }
+
+ private:
+  static constexpr int channel_unit = 64;   // channels of a convolution per piece of work
+  static constexpr int delta_tokens = 64;   // tokens whose q and k are normed at once
+  static constexpr int chunked_tokens = 4;  // from here on the chunked form is faster
+
+  template <class F>
+  void for_rows(const Tensor& x, F f) {
+    team_.split(x.n_rows, x.n_cols, [&](int begin, int end) {
+      for (int t = begin; t < end; ++t) f(t);
+    });
+  }
+  template <class F>
+  void for_groups(const Tensor& x, int size, F f) {
+    for_rows(x, [&](int t) {
+      for (int c = 0; c < x.n_cols; c += size) f(t, c);
+    });
+  }
+
+  // The k largest of p[0..n), largest first: insertion into a sorted list that few get into.
+  static void top_k(const float* p, int n, int k, std::int32_t* ids, float* values) noexcept {
+    int found = 0;
+    for (int e = 0; e < n; ++e) {
+      if (found == k && !(p[e] > values[k - 1])) continue;
+      int i = found < k ? found++ : k - 1;
+      for (; i > 0 && p[e] > values[i - 1]; --i) values[i] = values[i - 1], ids[i] = ids[i - 1];
+      values[i] = p[e];
+      ids[i] = e;
+    }
+  }
+
+  const cpu::Kernels* k_;
+  cpu::Team team_;
+  KvType kv_;
+  std::vector<AlignedBytes> memory_;
+  cpu::Linear linear_;
+  cpu::ExpertLayer experts_;
+  cpu::Attention attention_;
+  cpu::Scratch delta_scratch_, router_scratch_;
+};
+
+static_assert(BackendOps<CpuBackend>);
+
+}  // namespace qwen3next

@@ -1,0 +1,145 @@
+#pragma once
+// Norms, gates and other operations that read a row and write a row.  Scalar twins: reference_backend.hpp.
+
+#include <cmath>
+
+#include "backends/cpu/simd.hpp"
+
+namespace qwen3next::cpu::QWEN3NEXT_ISA {
+namespace QWEN3NEXT_KERNEL_UNIT {
+
+QWEN3NEXT_FORCE_INLINE float sum_of_squares(const float* x, int n) noexcept {
+  F total(0.0f);
+  for_lanes(n, [&](int i, int m) {
+    const F v = load_some(x + i, m);
+    total = xsimd::fma(v, v, total);
+  });
+  return sum(total);
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight
+inline void rms_norm(float* out, const float* x, const float* weight, int n, float eps) noexcept {
+  const F scale(1 / ::sqrtf(sum_of_squares(x, n) / static_cast<float>(n) + eps));
+  for_lanes(n, [&](int i, int m) { store_some(out + i, load_some(x + i, m) * scale * load_some(weight + i, m), m); });
+}
+
+// out = scale x / sqrt(sum(x^2) + 1e-6)
+inline void l2_norm(float* out, const float* x, int n, float scale) noexcept {
+  const F factor(scale / ::sqrtf(sum_of_squares(x, n) + 1e-6f));
+  for_lanes(n, [&](int i, int m) { store_some(out + i, load_some(x + i, m) * factor, m); });
+}
+
+// out = rms_norm(o) * silu(z)
+inline void gated_rms_norm(float* out, const float* o, const float* z, const float* weight, int n, float eps) noexcept {
+  const F scale(1 / ::sqrtf(sum_of_squares(o, n) / static_cast<float>(n) + eps));
+  for_lanes(n, [&](int i, int m) {
+    const F gate = load_some(z + i, m);
+    store_some(out + i, load_some(o + i, m) * scale * load_some(weight + i, m) * gate * sigmoid(gate), m);
+  });
+}
+
+inline void swiglu(float* out, const float* gate, const float* up, int n) noexcept {
+  for_lanes(n, [&](int i, int m) {
+    const F x = load_some(gate + i, m);
+    store_some(out + i, x * sigmoid(x) * load_some(up + i, m), m);
+  });
+}
+
+inline void sigmoid_gate(float* x, const float* gate, int n) noexcept {
+  for_lanes(n, [&](int i, int m) { store_some(x + i, load_some(x + i, m) * sigmoid(load_some(gate + i, m)), m); });
+}
+
+// x += scale y
+inline void add(float* x, const float* y, float scale, int n) noexcept {
+  const F factor(scale);
+  for_lanes(n,
+            [&](int i, int m) { store_some(x + i, xsimd::fma(factor, load_some(y + i, m), load_some(x + i, m)), m); });
+}
+
+inline void scale_row(float* x, float scale, int n) noexcept {
+  const F factor(scale);
+  for_lanes(n, [&](int i, int m) { store_some(x + i, load_some(x + i, m) * factor, m); });
+}
+
+// A few values per token: not worth vectors.
+inline void delta_gates(float* beta, float* g, const float* b, const float* a, const float* A, const float* dt_bias,
+                        int n) noexcept {
+  for (int h = 0; h < n; ++h) {
+    const float x = a[h] + dt_bias[h];
+    const float softplus = x > 20 ? x : ::log1pf(::expf(x));
+    beta[h] = 1 / (1 + ::expf(-b[h]));
+    g[h] = A[h] * softplus;
+  }
+}
+
+inline float sigmoid_scalar(float x) noexcept { return 1 / (1 + ::expf(-x)); }
+
+// The pairs (i, i + n) of a head turn by their angles.
+inline void rope(float* head, const float* cos, const float* sin, int n) noexcept {
+  for_lanes(n, [&](int i, int m) {
+    const F a = load_some(head + i, m), b = load_some(head + n + i, m);
+    const F c = load_some(cos + i, m), s = load_some(sin + i, m);
+    store_some(head + i, a * c - b * s, m);
+    store_some(head + n + i, b * c + a * s, m);
+  });
+}
+
+// x = softmax(x), in place.
+inline void softmax(float* x, int n) noexcept {
+  float top = x[0];
+  for (int i = 1; i < n; ++i) top = x[i] > top ? x[i] : top;
+  F total(0.0f);
+  const F shift(top);
+  for_lanes(n, [&](int i, int m) {
+    F e = exp(load_some(x + i, m) - shift);
+    store_some(x + i, e, m);
+    total += m == lanes ? e : load_part(x + i, m);
+  });
+  const F scale(1 / sum(total));
+  for_lanes(n, [&](int i, int m) { store_some(x + i, load_some(x + i, m) * scale, m); });
+}
+
+// columns[j] = tap j of `lanes` channels; taps [channels, K], of which the last lanes - m are not there.
+QWEN3NEXT_FORCE_INLINE void load_taps(const float* taps, int K, int m, float (*columns)[lanes]) noexcept {
+#if defined(__AVX512F__)
+  if (K == 4 && m == lanes) {  // 4 channels to a vector, sorted by tap
+    const __m512 a = _mm512_loadu_ps(taps), b = _mm512_loadu_ps(taps + 16);
+    const __m512 c = _mm512_loadu_ps(taps + 32), d = _mm512_loadu_ps(taps + 48);
+    for (int j = 0; j < 4; ++j) {
+      const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+      const __m512i pick = _mm512_add_epi32(first, _mm512_set1_epi32(j));
+      _mm512_store_ps(columns[j], _mm512_mask_blend_ps(0xff00, _mm512_permutex2var_ps(a, pick, b),
+                                                       _mm512_permutex2var_ps(c, pick, d)));
+    }
+    return;
+  }
+#endif
+  for (int j = 0; j < K; ++j) {
+    if (m < lanes) store(columns[j], F(0.0f));
+    for (int i = 0; i < m; ++i) columns[j][i] = taps[i * K + j];
+  }
+}
+
+// Causal depthwise convolution over n channels, then silu; K taps per channel.
+//   out[t] = silu(sum_j taps[j] x[t - K + 1 + j]),  x[-K + 1 .. -1] = past
+// x, out [T, n] strided; taps [n, K]; past [K - 1, n] strided: replaced by the last K - 1 inputs.
+inline void causal_conv1d(float* out, std::ptrdiff_t out_stride, const float* x, std::ptrdiff_t x_stride, int T, int n,
+                          const float* taps, int K, float* past, std::ptrdiff_t past_stride) noexcept {
+  for_lanes(n, [&](int c, int m) {
+    constexpr int max_taps = 64;  // Config::validate
+    alignas(64) float column[max_taps][lanes];
+    load_taps(taps + c * K, K, m, column);
+    auto input = [&](int t) {
+      return t >= 0 ? load_some(x + t * x_stride + c, m) : load_some(past + (K - 1 + t) * past_stride + c, m);
+    };
+    for (int t = 0; t < T; ++t) {
+      F total(0.0f);
+      for (int j = 0; j < K; ++j) total = xsimd::fma(load(column[j]), input(t - K + 1 + j), total);
+      store_some(out + t * out_stride + c, total * sigmoid(total), m);
+    }
+    for (int j = 0; j < K - 1; ++j) store_some(past + j * past_stride + c, input(T - K + 1 + j), m);
+  });
+}
+
+}  // namespace QWEN3NEXT_KERNEL_UNIT
+}  // namespace qwen3next::cpu::QWEN3NEXT_ISA

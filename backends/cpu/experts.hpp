@@ -1,0 +1,217 @@
+#pragma once
+// The routed experts: tokens gathered by expert, so that each expert's matrices are read once for all its tokens.
+//
+// Three steps with a barrier between:
+//   1. h = silu(gate x) * up x     shared out by (expert, rows)
+//   2. h quantised                 shared out by rows of h
+//   3. out = sum weight * down h   shared out by columns of out
+// Sums over experts run in the order of their ids: the same for any number of tokens and threads.
+
+#include <algorithm>
+#include <vector>
+
+#include "backends/cpu/linear.hpp"
+
+namespace qwen3next::cpu {
+
+class ExpertLayer {
+ public:
+  // expert_of(id) -> const ExpertView&, asked once for each expert that the routing names, in ascending order.
+  template <class ExpertOf>
+  void operator()(const Kernels& k, const Team& team, const HostTensor& out, const HostTensor& x, int n_experts,
+                  const HostRouting& routing, ExpertOf expert_of) {
+    if (x.n_rows == 0) return;
+    gather(routing, x.n_rows, n_experts, expert_of);
+    const int D = x.n_cols, width = jobs_.front().expert->gate.rows, pairs = x.n_rows * routing.k;
+    workspaces_.reserve(k, team, std::max(D, width), max_count_);
+
+    const Input in{&x_, x.data, x.stride, D};
+    if (const unsigned kinds = kinds_of(k, &ExpertView::gate) | kinds_of(k, &ExpertView::up))
+      x_.prepare(k, team, x.data, x.stride, x.n_rows, D, kinds);
+    auto* h = reinterpret_cast<float*>(
+        h_scratch_.get(sizeof(float) * static_cast<std::size_t>(pairs) * static_cast<std::size_t>(width)));
+    shares_.clear();
+    for (const Job& job : jobs_) {
+      const std::size_t bytes = (job.expert->gate.row_bytes() + job.expert->up.row_bytes()) * row_unit;
+      shares_.add(width, row_unit, static_cast<std::int64_t>(bytes) * (8 + job.count));
+    }
+    team.run([&](int thread, int threads) {
+      const Workspace space = workspaces_[thread];
+      shares_.mine(thread, threads, [&](int i, int begin, int end) {
+        const Job& job = jobs_[static_cast<std::size_t>(i)];
+        const ExpertView& e = *job.expert;
+        const std::int32_t* tokens = tokens_.data() + job.begin;
+        collect(k, in, tokens, job.count, e.gate.type, space);
+        if (info(e.up.type).quantised != info(e.gate.type).quantised)
+          collect(k, in, tokens, job.count, e.up.type, space);
+        for (int r = begin; r < end; r += row_chunk) {
+          const int n = std::min(row_chunk, end - r);
+          multiply(k, e.gate, r, n, in, tokens, job.count, space, space.y);
+          multiply(k, e.up, r, n, in, tokens, job.count, space, space.z);
+          for (int s = 0; s < job.count; ++s) {
+            k.swiglu(h + static_cast<std::ptrdiff_t>(job.begin + s) * width + r, space.y + s * row_chunk,
+                     space.z + s * row_chunk, n);
+          }
+        }
+      });
+    });
+
+    if (const unsigned kinds = kinds_of(k, &ExpertView::down)) h_.prepare(k, team, h, width, pairs, width, kinds);
+    const Input hidden{&h_, h, width, width};
+    const int H = out.n_cols, units = (H + row_unit - 1) / row_unit;
+    team.run([&](int thread, int threads) {
+      const int first = units * thread / threads * row_unit,
+                last = std::min(units * (thread + 1) / threads * row_unit, H);
+      if (first >= last) return;
+      const Workspace space = workspaces_[thread];
+      for (int t = 0; t < x.n_rows; ++t) std::fill(out.row(t) + first, out.row(t) + last, 0.0f);
+      for (const Job& job : jobs_) {
+        const std::int32_t* positions = identity_.data() + job.begin;
+        collect(k, hidden, positions, job.count, job.expert->down.type, space);
+        for (int r = first; r < last; r += row_chunk) {
+          const int n = std::min(row_chunk, last - r);
+          multiply(k, job.expert->down, r, n, hidden, positions, job.count, space, space.y);
+          for (int s = 0; s < job.count; ++s) {
+            const auto pair = static_cast<std::size_t>(job.begin + s);
+            k.add(out.row(tokens_[pair]) + r, space.y + s * row_chunk, weights_[pair], n);
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  static constexpr int row_unit = 16;
+
+  // The tokens [begin, begin + count) of tokens_ and weights_ are this expert's.
+  struct Job {
+    const ExpertView* expert;
+    int begin, count;
+  };
+  // Rows of activations, quantised and not.
+  struct Input {
+    const QuantizedRows* quantized;
+    const float* data;
+    std::ptrdiff_t stride;
+    int n;
+  };
+  // Room of one thread: y, z [count, row_chunk] and what the products need.
+  struct Workspace {
+    float *y, *z, *rows;
+    std::byte *strip, *panels;
+    std::size_t panel_stride;
+  };
+  class Workspaces {
+   public:
+    void reserve(const Kernels& k, const Team& team, int n, int count) {
+      const auto tokens = static_cast<std::size_t>(count), threads = static_cast<std::size_t>(team.size());
+      panel_stride_ = (k.panel_bytes(n, k.max_panel) + 63) / 64 * 64;
+      y_ = scratch_[0].pieces(threads, tokens * row_chunk * sizeof(float));
+      z_ = scratch_[1].pieces(threads, tokens * row_chunk * sizeof(float));
+      rows_ = scratch_[2].pieces(
+          threads, std::min<std::size_t>(tokens, float_token_block) * static_cast<std::size_t>(n) * sizeof(float));
+      strip_ = scratch_[3].pieces(threads, k.strip_bytes(n));
+      panels_ = scratch_[4].pieces(threads, static_cast<std::size_t>(Panels(count, k.max_panel).count) * panel_stride_);
+    }
+    Workspace operator[](int thread) const noexcept {
+      return {reinterpret_cast<float*>(y_[thread]),
+              reinterpret_cast<float*>(z_[thread]),
+              reinterpret_cast<float*>(rows_[thread]),
+              strip_[thread],
+              panels_[thread],
+              panel_stride_};
+    }
+
+   private:
+    Scratch scratch_[5];
+    Scratch::Pieces y_{}, z_{}, rows_{}, strip_{}, panels_{};
+    std::size_t panel_stride_ = 0;
+  };
+
+  // A counting sort of (token, expert) pairs by expert.
+  template <class ExpertOf>
+  void gather(const HostRouting& routing, int T, int n_experts, ExpertOf expert_of) {
+    const auto pairs = static_cast<std::size_t>(T) * static_cast<std::size_t>(routing.k);
+    starts_.assign(static_cast<std::size_t>(n_experts) + 1, 0);
+    tokens_.resize(pairs);
+    weights_.resize(pairs);
+    for (std::size_t i = identity_.size(); i < pairs; ++i) identity_.push_back(static_cast<std::int32_t>(i));
+    for (std::size_t i = 0; i < pairs; ++i) ++starts_[static_cast<std::size_t>(routing.ids[i]) + 1];
+    jobs_.clear();
+    max_count_ = 0;
+    for (std::size_t e = 0; e < static_cast<std::size_t>(n_experts); ++e) {
+      const int count = starts_[e + 1];
+      starts_[e + 1] += starts_[e];
+      if (count == 0) continue;
+      jobs_.push_back({&expert_of(static_cast<int>(e)), starts_[e], count});
+      max_count_ = std::max(max_count_, count);
+    }
+    for (std::size_t i = 0; i < pairs; ++i) {
+      const auto at = static_cast<std::size_t>(starts_[static_cast<std::size_t>(routing.ids[i])]++);
+      tokens_[at] = static_cast<std::int32_t>(i / static_cast<std::size_t>(routing.k));
+      weights_[at] = routing.weights[i];
+    }
+  }
+
+  unsigned kinds_of(const Kernels& k, WeightView ExpertView::*matrix) const noexcept {
+    unsigned kinds = 0;
+    for (const Job& job : jobs_) {
+      const DType type = (job.expert->*matrix).type;
+      if (info(type).quantised) kinds |= 1u << k.operand_kind[index(type)];
+    }
+    return kinds;
+  }
+
+  // Packs the chosen rows into panels, where a product with strips will want them.
+  static void collect(const Kernels& k, const Input& in, const std::int32_t* chosen, int count, DType type,
+                      const Workspace& space) noexcept {
+    if (!info(type).quantised || count < strip_tokens) return;
+    const Panels panels(count, k.max_panel);
+    const std::byte* rows[64];
+    for (int p = 0; p < panels.count; ++p) {
+      for (int t = 0; t < panels.width(p); ++t) rows[t] = in.quantized->row(chosen[panels.begin(p) + t]);
+      k.pack_panel(rows, panels.width(p), in.n, space.panels + static_cast<std::size_t>(p) * space.panel_stride);
+    }
+  }
+
+  // y[s, j] = row r + j of w times chosen input s;  y [count, row_chunk].
+  static void multiply(const Kernels& k, const WeightView& w, int r, int n, const Input& in, const std::int32_t* chosen,
+                       int count, const Workspace& space, float* y) noexcept {
+    const auto type = index(w.type);
+    const std::byte* rows[row_chunk];
+    row_pointers(w, r, n, rows);
+    if (!info(w.type).quantised) {
+      for (int begin = 0; begin < count; begin += float_token_block) {
+        const int T = std::min(float_token_block, count - begin);
+        for (int s = 0; s < T; ++s) std::copy_n(in.data + chosen[begin + s] * in.stride, in.n, space.rows + s * in.n);
+        k.float_product[type](rows, n, space.rows, in.n, T, in.n, y + begin * row_chunk, row_chunk);
+      }
+    } else if (count < strip_tokens) {
+      for (int s = 0; s < count; ++s)
+        k.row_product[type](rows, n, in.n, in.quantized->operand(k.operand_kind[type], chosen[s]), y + s * row_chunk);
+    } else {
+      const Panels panels(count, k.max_panel);
+      for (int j = 0; j < n; j += k.lanes) {
+        const int lanes = std::min(k.lanes, n - j);
+        k.pack_strip[type](rows + j, lanes, in.n, space.strip);
+        for (int p = 0; p < panels.count; ++p) {
+          k.strip_product[type](space.strip, lanes, in.n,
+                                space.panels + static_cast<std::size_t>(p) * space.panel_stride, panels.width(p),
+                                y + panels.begin(p) * row_chunk + j, row_chunk);
+        }
+      }
+    }
+  }
+
+  std::vector<Job> jobs_;
+  std::vector<int> starts_;
+  std::vector<std::int32_t> tokens_, identity_;
+  std::vector<float> weights_;
+  int max_count_ = 0;
+  QuantizedRows x_, h_;
+  Scratch h_scratch_;
+  Workspaces workspaces_;
+  Shares shares_;
+};
+
+}  // namespace qwen3next::cpu

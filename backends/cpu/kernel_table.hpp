@@ -1,0 +1,101 @@
+#pragma once
+// What a set of kernels offers: plain functions on raw memory, one table per instruction set.
+//
+// This header is seen by code compiled for different instruction sets, so it must stay free of inline functions.
+
+#include <cstddef>
+#include <cstdint>
+
+#include "blocks/dtype.hpp"
+
+namespace qwen3next::cpu {
+
+inline constexpr std::size_t dtype_count = dtype_table.size();
+
+// A row of n activations as int8, in blocks of 32 (n is a multiple of 32), lies in one piece of 1.375 n bytes:
+//   i8 q[n]     -127..127;  x[i] = d[i / 32] q[i]
+//   f32 d[n/32]  amax / 127 of each block
+//   f32 s[n/16]  d * the sum of 16 q: what the minimum of a block of weights is multiplied with
+constexpr std::size_t quantized_row_bytes(int n) noexcept { return static_cast<std::size_t>(n / 8 * 11); }
+
+// A strip of weights for prefill holds `lanes` rows of one matrix, unpacked and interleaved; a panel holds up to
+// `max_panel` rows of activations, interleaved likewise.  See strip_product.hpp.
+struct Kernels {
+  const char* name;
+  int lanes;
+  int max_panel;
+
+  // --- products with float weights: y[t, r] = w[r] . x[t], for rows at any address.  See float_product.hpp.
+  using FloatProduct = void (*)(const std::byte* const* w, int rows, const float* x, std::ptrdiff_t x_stride, int T,
+                                int n, float* y, std::ptrdiff_t y_stride) noexcept;
+  FloatProduct float_product[3];  // by DType: f32, f16, bf16
+
+  // c[m, j] = scale c[m, j] + sum_k a[m am + k ak] b[k, j];  b rows of f32 or f16, b_bytes apart.
+  using WeightedSum = void (*)(float scale, float* c, std::ptrdiff_t c_stride, int M, int N, const float* a,
+                               std::ptrdiff_t am, std::ptrdiff_t ak, const std::byte* b, std::ptrdiff_t b_bytes,
+                               int K) noexcept;
+  WeightedSum weighted_sum[2];  // by DType: f32, f16
+
+  // --- products with quantised weights.
+  void (*quantize)(const float* x, int n, std::byte* row) noexcept;
+  // Decode: an operand is a quantised row in the order in which the type's kernel wants it; types of one kind share it.
+  std::uint8_t operand_kind[dtype_count];
+  std::size_t (*operand_bytes)(int n) noexcept;
+  void (*make_operand)(int kind, const std::byte* row, int n, std::byte* operand) noexcept;
+  using RowProduct = void (*)(const std::byte* const* w, int rows, int n, const std::byte* operand, float* y) noexcept;
+  RowProduct row_product[dtype_count];  // null for float types
+  // Prefill.
+  std::size_t (*strip_bytes)(int n) noexcept;
+  std::size_t (*panel_bytes)(int n, int T) noexcept;
+  void (*pack_panel)(const std::byte* const* rows, int T, int n, std::byte* panel) noexcept;
+  using PackStrip = void (*)(const std::byte* const* w, int rows, int n, std::byte* strip) noexcept;
+  PackStrip pack_strip[dtype_count];
+  using StripProduct = void (*)(const std::byte* strip, int rows, int n, const std::byte* panel, int T, float* y,
+                                std::ptrdiff_t y_stride) noexcept;
+  StripProduct strip_product[dtype_count];
+
+  // --- rows of any type as floats.
+  void (*dequantize)(DType type, const std::byte* row, int n, float* out) noexcept;
+
+  // --- elementwise; see elementwise.hpp.
+  void (*rms_norm)(float* out, const float* x, const float* weight, int n, float eps) noexcept;
+  void (*l2_norm)(float* out, const float* x, int n, float scale) noexcept;
+  void (*gated_rms_norm)(float* out, const float* o, const float* z, const float* weight, int n, float eps) noexcept;
+  void (*swiglu)(float* out, const float* gate, const float* up, int n) noexcept;
+  void (*sigmoid_gate)(float* x, const float* gate, int n) noexcept;
+  void (*delta_gates)(float* beta, float* g, const float* b, const float* a, const float* A, const float* dt_bias,
+                      int n) noexcept;
+  void (*add)(float* x, const float* y, float scale, int n) noexcept;  // x += scale y
+  void (*rope)(float* head, const float* cos, const float* sin, int n) noexcept;
+  float (*sigmoid)(float x) noexcept;
+  void (*softmax)(float* x, int n) noexcept;
+
+  // --- the mixers.
+  // Inputs x[0..T) of channels [c0, c0 + n); `past` [K-1, past_stride] are the inputs before them.
+  void (*causal_conv1d)(float* out, std::ptrdiff_t out_stride, const float* x, std::ptrdiff_t x_stride, int T, int n,
+                        const float* taps, int K, float* past, std::ptrdiff_t past_stride) noexcept;
+
+  // One value head, T tokens; q, k normed and scaled, rows of q, k Dk apart.  S [Dv, Dk].  See delta_rule.hpp.
+  struct DeltaHead {
+    const float *q, *k;     // [T, Dk]
+    const float* v;         // [T, v_stride]
+    const float *beta, *g;  // [T, gate_stride]
+    float* out;             // [T, out_stride]
+    std::ptrdiff_t v_stride, gate_stride, out_stride;
+    float* S;
+    int T, Dk, Dv;
+  };
+  void (*delta_recurrent)(const DeltaHead& head) noexcept;
+  std::size_t (*delta_scratch)(int Dk, int Dv) noexcept;  // floats
+  void (*delta_chunked)(const DeltaHead& head, float* scratch) noexcept;
+
+  void (*store_kv)(DType type, const float* row, int n, std::byte* out) noexcept;
+  // Rows of scores [rows, n] of one block of positions, of which row r sees the first visible[r]:  updates the
+  // running maximum and sum and leaves exp(score - maximum) in place; `shrink`[r] is what older sums must be
+  // multiplied with.  See attention in cpu_backend.hpp.
+  void (*online_softmax)(float* scores, std::ptrdiff_t stride, int rows, const std::int32_t* visible, int n,
+                         float scale, float* maximum, float* sum, float* shrink) noexcept;
+  void (*scale_row)(float* x, float scale, int n) noexcept;
+};
+
+}  // namespace qwen3next::cpu

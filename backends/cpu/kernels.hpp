@@ -1,0 +1,106 @@
+#pragma once
+// All kernels, compiled for one instruction set: the macro QWEN3NEXT_ISA names its namespace.
+//
+//   one object per ISA   kernels_isa.cpp defines QWEN3NEXT_ISA as avx512, avx2, baseline or neon; nothing but
+//                        kernels() leaves the object (tests/ops/check_exported_symbols.sh), so no code compiled for a
+//                        newer CPU can stand in for a function of the same name elsewhere
+//   header-only          the macro is undefined: namespace `native`, ordinary inline functions, the user's flags
+//
+// Inside: raw pointers and sizes only, no functions of the standard library that are not C's.
+
+#include "backends/cpu/delta_rule.hpp"
+#include "backends/cpu/elementwise.hpp"
+#include "backends/cpu/float_product.hpp"
+#include "backends/cpu/kernel_table.hpp"
+#include "backends/cpu/kv_rows.hpp"
+#include "backends/cpu/row_product.hpp"
+#include "backends/cpu/row_product_avx512.hpp"
+#include "backends/cpu/simd.hpp"
+#include "backends/cpu/strip_pack_avx512.hpp"
+#include "backends/cpu/strip_product.hpp"
+#include "backends/cpu/unpack.hpp"
+
+#define QWEN3NEXT_STRING_OF(x) #x
+#define QWEN3NEXT_STRING(x) QWEN3NEXT_STRING_OF(x)
+
+namespace qwen3next::cpu::QWEN3NEXT_ISA {
+namespace QWEN3NEXT_KERNEL_UNIT {
+
+template <class Type>
+constexpr void use(Kernels& k, DType type) {
+  const auto i = static_cast<std::size_t>(type);
+  k.row_product[i] = row_product<Type>;
+  k.pack_strip[i] = pack_strip<Type>;
+  k.strip_product[i] = strip_product<Type>;
+}
+
+constexpr Kernels make_table() {
+  Kernels k{};
+  k.name = QWEN3NEXT_STRING(QWEN3NEXT_ISA);
+  k.lanes = lanes;
+  k.max_panel = max_panel;
+  k.float_product[0] = float_product<DType::f32>;
+  k.float_product[1] = float_product<DType::f16>;
+  k.float_product[2] = float_product<DType::bf16>;
+  k.weighted_sum[0] = weighted_sum<DType::f32>;
+  k.weighted_sum[1] = weighted_sum<DType::f16>;
+  k.quantize = quantize;
+  k.operand_bytes = operand_bytes;
+  k.make_operand = make_operand;
+  k.strip_bytes = strip_bytes;
+  k.panel_bytes = panel_bytes;
+  k.pack_panel = pack_panel;
+  use<Q8_0>(k, DType::q8_0);
+  use<Q3_K>(k, DType::q3_k);
+  use<Q4_K>(k, DType::q4_k);
+  use<Q5_K>(k, DType::q5_k);
+  use<Q6_K>(k, DType::q6_k);
+#if QWEN3NEXT_FUSED_ROWS
+  auto fuse = [&](DType type, OperandKind kind, Kernels::RowProduct product, Kernels::PackStrip pack) {
+    const auto i = static_cast<std::size_t>(type);
+    k.operand_kind[i] = static_cast<std::uint8_t>(kind);
+    k.row_product[i] = product;
+    k.pack_strip[i] = pack;
+  };
+  fuse(DType::q8_0, operand_q8, row_product_q8, pack_strip_transposed<Q8_0>);
+  fuse(DType::q4_k, operand_k4, fused_row_product<FusedQ45_K<false>>, pack_strip_transposed<Q4_K>);
+  fuse(DType::q5_k, operand_k4, fused_row_product<FusedQ45_K<true>>, pack_strip_transposed<Q5_K>);
+  fuse(DType::q6_k, operand_k6, fused_row_product<FusedQ6_K>, pack_strip_transposed<Q6_K>);
+#endif
+  k.dequantize = dequantize;
+  k.rms_norm = rms_norm;
+  k.l2_norm = l2_norm;
+  k.gated_rms_norm = gated_rms_norm;
+  k.swiglu = swiglu;
+  k.sigmoid_gate = sigmoid_gate;
+  k.delta_gates = delta_gates;
+  k.add = add;
+  k.rope = rope;
+  k.sigmoid = sigmoid_scalar;
+  k.softmax = softmax;
+  k.causal_conv1d = causal_conv1d;
+  k.delta_recurrent = delta_recurrent;
+  k.delta_scratch = delta_scratch;
+  k.delta_chunked = delta_chunked;
+  k.store_kv = store_kv;
+  k.online_softmax = online_softmax;
+  k.scale_row = scale_row;
+  return k;
+}
+
+inline constexpr Kernels table = make_table();
+
+}  // namespace QWEN3NEXT_KERNEL_UNIT
+
+#if QWEN3NEXT_HEADER_ONLY_KERNELS
+inline const Kernels& kernels() noexcept { return kernel_unit::table; }
+#else
+const Kernels& kernels() noexcept;
+const Kernels& kernels() noexcept { return table; }
+#endif
+
+}  // namespace qwen3next::cpu::QWEN3NEXT_ISA
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

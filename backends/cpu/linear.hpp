@@ -1,0 +1,210 @@
+#pragma once
+// y = W x for matrices of any type that share one x: shares the rows out over threads.
+
+#include <algorithm>
+#include <span>
+#include <vector>
+
+#include "backends/backend.hpp"
+#include "backends/cpu/kernel_table.hpp"
+#include "backends/cpu/parallel.hpp"
+#include "backends/host_tensor.hpp"
+#include "blocks/weight_view.hpp"
+
+namespace qwen3next::cpu {
+
+inline std::size_t index(DType type) noexcept { return static_cast<std::size_t>(type); }
+
+constexpr int max_operand_kinds = 4;
+constexpr int row_chunk = 64;          // rows handed to a kernel at once in decode
+constexpr int float_token_block = 48;  // tokens whose fp32 rows stay in L2 while weights pass
+// From so many tokens on, unpacking and interleaving a strip of weights pays.
+constexpr int strip_tokens = 3;
+
+inline void row_pointers(const WeightView& w, int begin, int count, const std::byte** rows) noexcept {
+  int group = begin / w.group_rows, inside = begin % w.group_rows;
+  const std::size_t bytes = w.row_bytes();
+  for (int i = 0; i < count; ++i) {
+    rows[i] = w.data + static_cast<std::size_t>(group) * w.group_stride + static_cast<std::size_t>(inside) * bytes;
+    if (++inside == w.group_rows) inside = 0, ++group;
+  }
+}
+
+// Work in pieces of `unit` rows, one range of pieces per thread, equal in cost.
+class Shares {
+ public:
+  void clear() noexcept { parts_.clear(), total_ = 0; }
+  void add(int rows, int unit, std::int64_t cost_per_unit) {
+    parts_.push_back({rows, unit, cost_per_unit, total_});
+    total_ += cost_per_unit * ((rows + unit - 1) / unit);
+  }
+  // f(part, row begin, row end) for what is `thread`'s of all parts.
+  template <class F>
+  void mine(int thread, int threads, F f) const {
+    const std::int64_t low = total_ / threads * thread,
+                       high = thread + 1 == threads ? total_ : total_ / threads * (thread + 1);
+    for (std::size_t i = 0; i < parts_.size(); ++i) {
+      const Part& p = parts_[i];
+      const int units = (p.rows + p.unit - 1) / p.unit;
+      auto first_from = [&](std::int64_t cost) {  // units that start at `cost` or later
+        const std::int64_t ahead = cost - p.start;
+        if (ahead <= 0) return 0;
+        return static_cast<int>(std::min<std::int64_t>((ahead + p.cost - 1) / p.cost, units));
+      };
+      const int begin = first_from(low) * p.unit, end = std::min(first_from(high) * p.unit, p.rows);
+      if (begin < end) f(static_cast<int>(i), begin, end);
+    }
+  }
+
+ private:
+  struct Part {
+    int rows, unit;
+    std::int64_t cost, start;
+  };
+  std::vector<Part> parts_;
+  std::int64_t total_ = 0;
+};
+
+// Tokens in panels of equal width, at most max_panel.
+struct Panels {
+  Panels(int n, int max_panel) : tokens(n), count((n + max_panel - 1) / max_panel) {}
+  int tokens, count;
+  int begin(int panel) const noexcept { return static_cast<int>(static_cast<std::int64_t>(tokens) * panel / count); }
+  int width(int panel) const noexcept { return begin(panel + 1) - begin(panel); }
+};
+
+// Rows of activations as the quantised kernels want them.
+class QuantizedRows {
+ public:
+  // Quantises rows x[0..T) of n values; operands for the kinds whose bit is set in `kinds`.
+  void prepare(const Kernels& k, const Team& team, const float* x, std::ptrdiff_t stride, int T, int n,
+               unsigned kinds) {
+    rows_ = row_scratch_.pieces(static_cast<std::size_t>(T), quantized_row_bytes(n));
+    for (int kind = 0; kind < max_operand_kinds; ++kind) {
+      if (kinds >> kind & 1u) {
+        operands_[kind] = operand_scratch_[kind].pieces(static_cast<std::size_t>(T), k.operand_bytes(n));
+      }
+    }
+    team.split(T, n, [&](int begin, int end) {
+      for (int t = begin; t < end; ++t) {
+        k.quantize(x + t * stride, n, rows_[t]);
+        for (int kind = 0; kind < max_operand_kinds; ++kind) {
+          if (kinds >> kind & 1u) k.make_operand(kind, rows_[t], n, operands_[kind][t]);
+        }
+      }
+    });
+  }
+  const std::byte* row(int t) const noexcept { return rows_[t]; }
+  const std::byte* operand(int kind, int t) const noexcept { return operands_[kind][t]; }
+
+ private:
+  Scratch row_scratch_, operand_scratch_[max_operand_kinds];
+  Scratch::Pieces rows_{}, operands_[max_operand_kinds]{};
+};
+
+class Linear {
+ public:
+  using Item = Projection<WeightView, HostTensor>;
+
+  void operator()(const Kernels& k, const Team& team, const HostTensor& x, std::span<const Item> items) {
+    const int T = x.n_rows, D = x.n_cols;
+    if (T == 0) return;
+    unsigned kinds = 0;
+    bool any_quantised = false;
+    for (const Item& item : items) {
+      if (!info(item.weight.type).quantised) continue;
+      any_quantised = true;
+      kinds |= 1u << k.operand_kind[index(item.weight.type)];
+    }
+    const bool strips = T >= strip_tokens;
+    if (any_quantised && strips)
+      pack_panels(k, team, x);
+    else if (any_quantised)
+      quantized_.prepare(k, team, x.data, x.stride, T, D, kinds);
+
+    shares_.clear();
+    for (const Item& item : items) {
+      const int unit = strips ? k.lanes : 4;
+      shares_.add(item.weight.rows, unit, static_cast<std::int64_t>(item.weight.row_bytes()) * unit);
+    }
+    const Scratch::Pieces strip =
+        strip_scratch_.pieces(static_cast<std::size_t>(team.size()), any_quantised && strips ? k.strip_bytes(D) : 0);
+    team.run([&](int thread, int threads) {
+      shares_.mine(thread, threads, [&](int i, int begin, int end) {
+        const Item& item = items[static_cast<std::size_t>(i)];
+        if (!info(item.weight.type).quantised)
+          float_rows(k, item, x, begin, end);
+        else if (strips)
+          strip_rows(k, item, T, begin, end, strip[thread]);
+        else
+          few_tokens(k, item, T, begin, end);
+      });
+    });
+  }
+
+ private:
+  void pack_panels(const Kernels& k, const Team& team, const HostTensor& x) {
+    const Panels panels(x.n_rows, k.max_panel);
+    const int D = x.n_cols;
+    panels_ = panel_scratch_.pieces(static_cast<std::size_t>(panels.count), k.panel_bytes(D, k.max_panel));
+    const auto rows = static_cast<std::size_t>(k.max_panel);
+    const Scratch::Pieces row =
+        row_scratch_.pieces(static_cast<std::size_t>(team.size()) * rows, quantized_row_bytes(D));
+    team.each(panels.count, [&](int p, int thread) {
+      const std::byte* pointers[64];
+      for (int t = 0; t < panels.width(p); ++t) {
+        std::byte* quantized = row[static_cast<std::size_t>(thread) * rows + static_cast<std::size_t>(t)];
+        k.quantize(x.row(panels.begin(p) + t), D, quantized);
+        pointers[t] = quantized;
+      }
+      k.pack_panel(pointers, panels.width(p), D, panels_[p]);
+    });
+  }
+
+  void strip_rows(const Kernels& k, const Item& item, int T, int begin, int end, std::byte* strip) const noexcept {
+    const Panels panels(T, k.max_panel);
+    const auto type = index(item.weight.type);
+    const std::byte* rows[64];
+    for (int r = begin; r < end; r += k.lanes) {
+      const int n = std::min(k.lanes, end - r);
+      row_pointers(item.weight, r, n, rows);
+      k.pack_strip[type](rows, n, item.weight.cols, strip);
+      for (int p = 0; p < panels.count; ++p) {
+        k.strip_product[type](strip, n, item.weight.cols, panels_[p], panels.width(p), item.y.row(panels.begin(p)) + r,
+                              item.y.stride);
+      }
+    }
+  }
+
+  void few_tokens(const Kernels& k, const Item& item, int T, int begin, int end) const noexcept {
+    const auto type = index(item.weight.type);
+    const std::byte* rows[row_chunk];
+    for (int r = begin; r < end; r += row_chunk) {
+      const int n = std::min(row_chunk, end - r);
+      row_pointers(item.weight, r, n, rows);
+      for (int t = 0; t < T; ++t) {
+        k.row_product[type](rows, n, item.weight.cols, quantized_.operand(k.operand_kind[type], t), item.y.row(t) + r);
+      }
+    }
+  }
+
+  static void float_rows(const Kernels& k, const Item& item, const HostTensor& x, int begin, int end) noexcept {
+    const std::byte* rows[row_chunk];
+    for (int t = 0; t < x.n_rows; t += float_token_block) {
+      const int T = std::min(float_token_block, x.n_rows - t);
+      for (int r = begin; r < end; r += row_chunk) {
+        const int n = std::min(row_chunk, end - r);
+        row_pointers(item.weight, r, n, rows);
+        k.float_product[index(item.weight.type)](rows, n, x.row(t), x.stride, T, x.n_cols, item.y.row(t) + r,
+                                                 item.y.stride);
+      }
+    }
+  }
+
+  QuantizedRows quantized_;
+  Shares shares_;
+  Scratch panel_scratch_, row_scratch_, strip_scratch_;
+  Scratch::Pieces panels_{};
+};
+
+}  // namespace qwen3next::cpu

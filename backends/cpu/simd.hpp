@@ -1,0 +1,250 @@
+#pragma once
+// The vector vocabulary of the kernels: xsimd's float and int batches of the widest register, with loads of partial
+// and of 16-bit vectors, bit casts and sums, which xsimd lacks or spells differently from version to version.
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12: false alarms inside avx512fintrin.h
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <xsimd/xsimd.hpp>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "blocks/dtype.hpp"
+
+#ifndef QWEN3NEXT_ISA
+#define QWEN3NEXT_ISA native
+#define QWEN3NEXT_KERNEL_UNIT kernel_unit  // ordinary inline functions
+#define QWEN3NEXT_HEADER_ONLY_KERNELS 1
+#else
+#define QWEN3NEXT_KERNEL_UNIT  // an unnamed namespace: no symbol leaves the object
+#define QWEN3NEXT_HEADER_ONLY_KERNELS 0
+#endif
+
+namespace qwen3next::cpu::QWEN3NEXT_ISA {
+namespace QWEN3NEXT_KERNEL_UNIT {
+
+using F = xsimd::batch<float>;
+using I = xsimd::batch<std::int32_t>;
+constexpr int lanes = static_cast<int>(F::size);
+static_assert(static_cast<int>(I::size) == lanes);
+
+#define QWEN3NEXT_FORCE_INLINE inline __attribute__((always_inline))
+#define QWEN3NEXT_FORCE_INLINE_LAMBDA __attribute__((always_inline))
+
+QWEN3NEXT_FORCE_INLINE F load(const float* p) noexcept { return F::load_unaligned(p); }
+QWEN3NEXT_FORCE_INLINE void store(float* p, F v) noexcept { v.store_unaligned(p); }
+QWEN3NEXT_FORCE_INLINE I load(const std::int32_t* p) noexcept { return I::load_unaligned(p); }
+
+// The first n < lanes values, the others 0.
+QWEN3NEXT_FORCE_INLINE F load_part(const float* p, int n) noexcept {
+  alignas(64) float buffer[lanes] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(n) * sizeof(float));
+  return F::load_aligned(buffer);
+}
+QWEN3NEXT_FORCE_INLINE void store_part(float* p, F v, int n) noexcept {
+  alignas(64) float buffer[lanes];
+  v.store_aligned(buffer);
+  std::memcpy(p, buffer, static_cast<std::size_t>(n) * sizeof(float));
+}
+
+QWEN3NEXT_FORCE_INLINE I as_ints(F v) noexcept { return __builtin_bit_cast(I, v); }
+QWEN3NEXT_FORCE_INLINE F as_floats(I v) noexcept { return __builtin_bit_cast(F, v); }
+QWEN3NEXT_FORCE_INLINE F to_floats(I v) noexcept { return xsimd::to_float(v); }
+
+// To nearest, ties to even, for |v| < 2^22.
+QWEN3NEXT_FORCE_INLINE I round_to_ints(F v) noexcept {
+#if defined(__AVX512F__)
+  return I(_mm512_cvtps_epi32(v));
+#elif defined(__AVX2__)
+  return I(_mm256_cvtps_epi32(v));
+#elif defined(__SSE2__)
+  return I(_mm_cvtps_epi32(v));
+#elif defined(__aarch64__)
+  return I(vcvtnq_s32_f32(v));
+#else
+  const F magic(12582912.0f);  // 1.5 * 2^23
+  return as_ints(v + magic) - as_ints(magic);
+#endif
+}
+
+// Sum and maximum of all lanes, as a balanced tree.
+QWEN3NEXT_FORCE_INLINE float sum(F v) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  alignas(64) float x[lanes];
+  v.store_aligned(x);
+  for (int n = lanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  }
+  return x[0];
+#endif
+}
+QWEN3NEXT_FORCE_INLINE float maximum(F v) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  alignas(64) float x[lanes];
+  v.store_aligned(x);
+  for (int n = lanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+  }
+  return x[0];
+#endif
+}
+QWEN3NEXT_FORCE_INLINE std::int32_t sum(I v) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(v);
+#else
+  alignas(64) std::int32_t x[lanes];
+  v.store_aligned(x);
+  std::int32_t total = 0;
+  for (int i = 0; i < lanes; ++i) total += x[i];
+  return total;
+#endif
+}
+// The low bytes of all lanes.
+QWEN3NEXT_FORCE_INLINE void store_bytes(std::int8_t* p, I v) noexcept {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+#else
+  alignas(64) std::int32_t x[lanes];
+  v.store_aligned(x);
+  for (int i = 0; i < lanes; ++i) p[i] = static_cast<std::int8_t>(x[i]);
+#endif
+}
+
+// A value of type T from any address.
+template <class T>
+QWEN3NEXT_FORCE_INLINE T peek(const void* p) noexcept {
+  T value;
+  std::memcpy(&value, p, sizeof(T));
+  return value;
+}
+
+// 16-bit floats.  Halves: shift exponent and fraction into place, then scale by 2^112, which also makes normal
+// numbers of subnormal ones; exponent 31 (infinity, NaN) becomes 255.
+QWEN3NEXT_FORCE_INLINE float half_to_float(std::uint16_t h) noexcept {
+#if defined(__F16C__)
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+#else
+  const std::uint32_t magnitude = (h & 0x7fffu) << 13;
+  float f = __builtin_bit_cast(float, magnitude) * 0x1p112f;
+  std::uint32_t bits = __builtin_bit_cast(std::uint32_t, f);
+  if ((h & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
+  return __builtin_bit_cast(float, bits | (static_cast<std::uint32_t>(h & 0x8000u) << 16));
+#endif
+}
+QWEN3NEXT_FORCE_INLINE std::uint16_t float_to_half(float f) noexcept {
+#if defined(__F16C__)
+  return static_cast<std::uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(f), _MM_FROUND_TO_NEAREST_INT)));
+#else
+  const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, f), magnitude = bits & 0x7fffffffu;
+  std::uint32_t h;
+  if (magnitude > 0x7f800000u) {
+    h = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65520 or more
+    h = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: the addition rounds at 2^-24
+    h = __builtin_bit_cast(std::uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    h = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return static_cast<std::uint16_t>(h | ((bits >> 16) & 0x8000u));
+#endif
+}
+
+// A vector of n <= lanes stored values of a float type; n == lanes is the fast case.
+template <DType type>
+QWEN3NEXT_FORCE_INLINE F load_stored(const std::byte* p) noexcept {
+  if constexpr (type == DType::f32) {
+    return load(reinterpret_cast<const float*>(p));
+  } else if constexpr (type == DType::bf16) {
+#if defined(__AVX512F__)
+    return as_floats(
+        I(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16)));
+#elif defined(__AVX2__)
+    return as_floats(
+        I(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16)));
+#else
+    alignas(64) std::uint32_t bits[lanes];
+    std::uint16_t in[lanes];
+    std::memcpy(in, p, sizeof in);
+    for (int i = 0; i < lanes; ++i) bits[i] = static_cast<std::uint32_t>(in[i]) << 16;
+    F out;
+    std::memcpy(&out, bits, sizeof out);
+    return out;
+#endif
+  } else {
+#if defined(__AVX512F__)
+    return F(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return F(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    alignas(64) float out[lanes];
+    std::uint16_t in[lanes];
+    std::memcpy(in, p, sizeof in);
+    for (int i = 0; i < lanes; ++i) out[i] = half_to_float(in[i]);
+    return F::load_aligned(out);
+#endif
+  }
+}
+template <DType type>
+QWEN3NEXT_FORCE_INLINE F load_stored_part(const std::byte* p, int n) noexcept {
+  constexpr std::size_t size = type == DType::f32 ? 4 : 2;
+  alignas(64) std::byte buffer[lanes * size] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(n) * size);
+  return load_stored<type>(buffer);
+}
+template <DType type>
+constexpr int stored_bytes = type == DType::f32 ? 4 : 2;
+
+// exp(x) to about 1 ulp; 0 below -87.3, and no overflow above 88.3.  n = round(x / ln 2) falls out of the low bits of
+// x / ln 2 + 1.5 * 2^23, r = x - n ln 2 in two steps, exp(r) by its Taylor polynomial (|r| < 0.35), times 2^n by
+// adding n to the exponent.
+QWEN3NEXT_FORCE_INLINE F exp(F x) noexcept {
+  const F low(-87.3f);
+  const F clamped = xsimd::min(xsimd::max(x, low), F(88.3f));
+  const F magic(12582912.0f);
+  const F shifted = xsimd::fma(clamped, F(1.44269504f), magic);
+  const F n = shifted - magic;
+  F r = xsimd::fma(n, F(-0.693359375f), clamped);
+  r = xsimd::fma(n, F(2.12194440e-4f), r);
+  F p(1.0f / 5040);
+  p = xsimd::fma(p, r, F(1.0f / 720));
+  p = xsimd::fma(p, r, F(1.0f / 120));
+  p = xsimd::fma(p, r, F(1.0f / 24));
+  p = xsimd::fma(p, r, F(1.0f / 6));
+  p = xsimd::fma(p, r, F(0.5f));
+  p = xsimd::fma(p, r, F(1.0f));
+  p = xsimd::fma(p, r, F(1.0f));
+  const F scaled = as_floats(as_ints(p) + (as_ints(shifted) << 23));
+  return xsimd::select(x < low, F(0.0f), scaled);
+}
+QWEN3NEXT_FORCE_INLINE F sigmoid(F x) noexcept { return F(1.0f) / (F(1.0f) + exp(F(0.0f) - x)); }
+
+// Calls f(i, n) for n = lanes at a time, then once for what is left.
+template <class Function>
+QWEN3NEXT_FORCE_INLINE void for_lanes(int n, Function f) noexcept {
+  int i = 0;
+  for (; i + lanes <= n; i += lanes) f(i, lanes);
+  if (i < n) f(i, n - i);
+}
+QWEN3NEXT_FORCE_INLINE F load_some(const float* p, int n) noexcept { return n == lanes ? load(p) : load_part(p, n); }
+QWEN3NEXT_FORCE_INLINE void store_some(float* p, F v, int n) noexcept {
+  if (n == lanes)
+    store(p, v);
+  else
+    store_part(p, v, n);
+}
+
+}  // namespace QWEN3NEXT_KERNEL_UNIT
+}  // namespace qwen3next::cpu::QWEN3NEXT_ISA

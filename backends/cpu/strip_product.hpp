@@ -1,0 +1,127 @@
+#pragma once
+// Products of quantised weights with many rows of activations: prefill.
+//
+// A strip is `lanes` rows of weights, unpacked once for all tokens and interleaved so that a vector holds four
+// neighbouring weights of every row; an activation is then broadcast, four values at a time, to all lanes:
+//
+//   strip, for each group of 16 or 32 columns:    i8 w[group/4][lanes][4]  f32 scale[lanes]  i32 start[lanes]
+//                                                 (f32 -min[lanes] if the type has minima)
+//   panel, for each block of 32 columns:          u8 x[8][T][4]  f32 d[T]  f32 s[T]
+//
+// Lanes are rows, so no sum runs across lanes, and T may be any number.  A group of 32 costs a token 8 dot
+// instructions, one conversion, one product and one or two multiply-adds.  `start` takes off the panel_bias that
+// x86 adds to activations.
+
+#include "backends/cpu/int8_dot.hpp"
+#include "backends/cpu/row_product.hpp"
+#include "backends/cpu/unpack.hpp"
+
+namespace qwen3next::cpu::QWEN3NEXT_ISA {
+namespace QWEN3NEXT_KERNEL_UNIT {
+
+// Tokens of a panel: an int and a float accumulator each, of 32 or 16 registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int max_panel = 12;
+#else
+constexpr int max_panel = 4;
+#endif
+
+inline std::size_t strip_bytes(int n) noexcept { return static_cast<std::size_t>(n / 2 * 3 * lanes); }
+inline std::size_t panel_bytes(int n, int T) noexcept { return static_cast<std::size_t>(n / 32 * 40 * T); }
+
+inline void pack_panel(const std::byte* const* rows, int T, int n, std::byte* panel) noexcept {
+  for (int t = 0; t < T; ++t) {
+    const RowParts x = row_parts(rows[t], n);
+    std::byte* block = panel;
+    for (int b = 0; b < n / 32; ++b, block += 40 * T) {
+      for (int k = 0; k < 8; ++k) {
+        const std::uint32_t four = peek<std::uint32_t>(x.q + 32 * b + 4 * k) ^ (panel_bias ? 0x80808080u : 0u);
+        std::memcpy(block + 4 * (k * T + t), &four, 4);
+      }
+      const float s = x.s[2 * b] + x.s[2 * b + 1];
+      std::memcpy(block + 32 * T + 4 * t, x.d + b, 4);
+      std::memcpy(block + 36 * T + 4 * t, &s, 4);
+    }
+  }
+}
+
+// Rows [rows, lanes) of a strip that has fewer are copies of the first; their results are not stored.
+template <class Type>
+void pack_strip(const std::byte* const* w, int rows, int n, std::byte* strip) noexcept {
+  constexpr int groups = Type::elements / Type::group, vector = 4 * lanes;
+  constexpr int group_bytes = Type::group * lanes + (Type::has_min ? 3 : 2) * vector;
+  for (int i = 0, block = 0; i < n; i += Type::elements, ++block) {
+    for (int r = 0; r < lanes; ++r) {
+      alignas(64) std::int8_t q[Type::elements];
+      float scale[16], min[16];
+      Type::unpack(w[r < rows ? r : 0] + block * Type::bytes, q, scale, min);
+      std::byte* out = strip + 4 * r;
+      for (int g = 0; g < groups; ++g, out += group_bytes) {
+        std::int32_t start = 0;
+        for (int k = 0; k < Type::group; ++k) start -= panel_bias * q[g * Type::group + k];
+        for (int k = 0; k < Type::group / 4; ++k) std::memcpy(out + k * vector, q + g * Type::group + 4 * k, 4);
+        std::byte* tail = out + Type::group * lanes;
+        std::memcpy(tail, scale + g, 4);
+        std::memcpy(tail + vector, &start, 4);
+        if constexpr (Type::has_min) {
+          const float negative = -min[g];
+          std::memcpy(tail + 2 * vector, &negative, 4);
+        }
+      }
+    }
+    strip += groups * group_bytes;
+  }
+}
+
+template <class Type, int T>
+void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel, float* y,
+                std::ptrdiff_t y_stride) noexcept {
+  constexpr int vector = 4 * lanes;
+  F acc[T];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) acc[t] = F(0.0f);
+  for (int b = 0; b < n / 32; ++b, panel += 40 * T) {
+    const std::byte *d = panel + 32 * T, *s = panel + 36 * T;
+    for (int half = 0; half < 32 / Type::group; ++half) {
+      const I start = load(reinterpret_cast<const std::int32_t*>(strip + Type::group * lanes + vector));
+      I sums[T];
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) sums[t] = start;
+#pragma GCC unroll 8
+      for (int k = 0; k < Type::group / 4; ++k) {
+        const std::byte* x = panel + (half * Type::group + 4 * k) * T;
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+          sums[t] = dot4<Type::wide>(sums[t], peek<std::int32_t>(x + 4 * t),
+                                     reinterpret_cast<const std::int8_t*>(strip + k * vector));
+        }
+      }
+      const F scale = load(reinterpret_cast<const float*>(strip + Type::group * lanes));
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) acc[t] = xsimd::fma(to_floats(sums[t]), scale * F(peek<float>(d + 4 * t)), acc[t]);
+      if constexpr (Type::has_min) {
+        const F min = load(reinterpret_cast<const float*>(strip + Type::group * lanes + 2 * vector));
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) acc[t] = xsimd::fma(min, F(peek<float>(s + 4 * t)), acc[t]);
+      }
+      strip += Type::group * lanes + (Type::has_min ? 3 : 2) * vector;
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) store_some(y + t * y_stride, acc[t], rows);
+}
+
+// y[t, r] for one strip and one panel of 1 <= T <= max_panel tokens.
+template <class Type, int T = max_panel>
+void strip_product(const std::byte* strip, int rows, int n, const std::byte* panel, int tokens, float* y,
+                   std::ptrdiff_t y_stride) noexcept {
+  if constexpr (T > 0) {
+    if (tokens == T)
+      strip_tile<Type, T>(strip, rows, n, panel, y, y_stride);
+    else
+      strip_product<Type, T - 1>(strip, rows, n, panel, tokens, y, y_stride);
+  }
+}
+
+}  // namespace QWEN3NEXT_KERNEL_UNIT
+}  // namespace qwen3next::cpu::QWEN3NEXT_ISA

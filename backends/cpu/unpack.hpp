@@ -1,0 +1,158 @@
+#pragma once
+// The quantised types, one struct each: blocks to int8 and scales.  Layouts: FORMATS.md 5; scalar twins: blocks/.
+//
+//   weight i of a block = scale[i / group] q[i] - min[i / group]
+//
+// A new type is one such struct; everything else (products, strips, rows of embeddings) is written over them.  The
+// loops have constant counts, so that compilers turn them into vector code for any ISA.
+
+#include "backends/cpu/simd.hpp"
+
+namespace qwen3next::cpu::QWEN3NEXT_ISA {
+namespace QWEN3NEXT_KERNEL_UNIT {
+
+QWEN3NEXT_FORCE_INLINE int byte_at(const std::byte* p, int i) noexcept { return static_cast<int>(p[i]); }
+QWEN3NEXT_FORCE_INLINE float half_at(const std::byte* p) noexcept { return half_to_float(peek<std::uint16_t>(p)); }
+
+struct Q8_0 {
+  static constexpr int elements = 32, bytes = 34, group = 32;
+  static constexpr bool has_min = false, wide = true;
+
+  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
+    scale[0] = half_at(p);
+    std::memcpy(q, p + 2, 32);
+  }
+};
+
+// The 6-bit scales and minima of Q4_K and Q5_K: bytes sc[0..8) m[0..8), four at a time in a word.
+QWEN3NEXT_FORCE_INLINE void unpack_scales_k4(const std::byte* p, std::uint8_t* sc_m) noexcept {
+  const std::uint32_t a = peek<std::uint32_t>(p), b = peek<std::uint32_t>(p + 4), c = peek<std::uint32_t>(p + 8);
+  const std::uint32_t words[4] = {a & 0x3f3f3f3fu, (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u), b & 0x3f3f3f3fu,
+                                  ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u)};
+  std::memcpy(sc_m, words, 16);
+}
+
+template <bool five_bits>
+struct Q45_K {
+  static constexpr int elements = 256, bytes = five_bits ? 176 : 144, group = 32;
+  static constexpr bool has_min = true, wide = false;
+  static constexpr int qh_at = 16, qs_at = five_bits ? 48 : 16;
+
+  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float* min) noexcept {
+    const float d = half_at(p), dmin = half_at(p + 2);
+    std::uint8_t sc_m[16];
+    unpack_scales_k4(p + 4, sc_m);
+    for (int k = 0; k < 8; ++k) {
+      scale[k] = d * static_cast<float>(sc_m[k]);
+      min[k] = dmin * static_cast<float>(sc_m[8 + k]);
+    }
+    for (int c = 0; c < 4; ++c) {
+      const std::byte* qs = p + qs_at + 32 * c;
+      for (int l = 0; l < 32; ++l) {
+        int low = byte_at(qs, l) & 15, high = byte_at(qs, l) >> 4;
+        if constexpr (five_bits) {
+          low |= (byte_at(p + qh_at, l) >> (2 * c) & 1) << 4;
+          high |= (byte_at(p + qh_at, l) >> (2 * c + 1) & 1) << 4;
+        }
+        q[64 * c + l] = static_cast<std::int8_t>(low);
+        q[64 * c + 32 + l] = static_cast<std::int8_t>(high);
+      }
+    }
+  }
+};
+using Q4_K = Q45_K<false>;
+using Q5_K = Q45_K<true>;
+
+struct Q6_K {
+  static constexpr int elements = 256, bytes = 210, group = 16;
+  static constexpr bool has_min = false, wide = false;
+
+  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
+    const float d = half_at(p + 208);
+    std::int8_t sc[16];
+    std::memcpy(sc, p + 192, 16);
+    for (int g = 0; g < 16; ++g) scale[g] = d * static_cast<float>(sc[g]);
+    for (int n = 0; n < 2; ++n, q += 128) {
+      const std::byte *ql = p + 64 * n, *qh = p + 128 + 32 * n;
+      for (int l = 0; l < 32; ++l) {
+        const int a = byte_at(ql, l), b = byte_at(ql, l + 32), h = byte_at(qh, l);
+        q[l] = static_cast<std::int8_t>(((a & 15) | (h & 3) << 4) - 32);
+        q[l + 32] = static_cast<std::int8_t>(((b & 15) | (h >> 2 & 3) << 4) - 32);
+        q[l + 64] = static_cast<std::int8_t>((a >> 4 | (h >> 4 & 3) << 4) - 32);
+        q[l + 96] = static_cast<std::int8_t>((b >> 4 | (h >> 6) << 4) - 32);
+      }
+    }
+  }
+};
+
+struct Q3_K {
+  static constexpr int elements = 256, bytes = 110, group = 16;
+  static constexpr bool has_min = false, wide = false;
+
+  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
+    const float d = half_at(p + 108);
+    // Low nibbles from bytes 0..7 (low, then high nibbles), top bit pairs from bytes 8..11.
+    const std::uint32_t a = peek<std::uint32_t>(p + 96), b = peek<std::uint32_t>(p + 100),
+                        c = peek<std::uint32_t>(p + 104);
+    const std::uint32_t words[4] = {
+        (a & 0x0f0f0f0fu) | (c << 4 & 0x30303030u), (b & 0x0f0f0f0fu) | (c << 2 & 0x30303030u),
+        (a >> 4 & 0x0f0f0f0fu) | (c & 0x30303030u), (b >> 4 & 0x0f0f0f0fu) | (c >> 2 & 0x30303030u)};
+    std::uint8_t sc[16];
+    std::memcpy(sc, words, 16);
+    for (int g = 0; g < 16; ++g) scale[g] = d * static_cast<float>(sc[g] - 32);
+    for (int n = 0; n < 2; ++n) {
+      for (int j = 0; j < 4; ++j) {
+        for (int l = 0; l < 32; ++l) {
+          const int low = byte_at(p + 32 + 32 * n, l) >> (2 * j) & 3, bit = byte_at(p, l) >> (4 * n + j) & 1;
+          q[128 * n + 32 * j + l] = static_cast<std::int8_t>(low + 4 * bit - 4);
+        }
+      }
+    }
+  }
+};
+
+// A row of n weights as floats.
+template <class Type>
+void dequantize_blocks(const std::byte* row, int n, float* out) noexcept {
+  for (int i = 0; i < n; i += Type::elements, row += Type::bytes) {
+    std::int8_t q[Type::elements];
+    float scale[16], min[16] = {};
+    Type::unpack(row, q, scale, min);
+    for (int g = 0; g < Type::elements / Type::group; ++g) {
+      for (int j = g * Type::group; j < (g + 1) * Type::group; ++j)
+        out[i + j] = scale[g] * static_cast<float>(q[j]) - min[g];
+    }
+  }
+}
+
+template <DType type>
+void dequantize_floats(const std::byte* row, int n, float* out) noexcept {
+  for_lanes(n, [&](int i, int m) {
+    const std::byte* p = row + i * stored_bytes<type>;
+    store_some(out + i, m == lanes ? load_stored<type>(p) : load_stored_part<type>(p, m), m);
+  });
+}
+
+inline void dequantize(DType type, const std::byte* row, int n, float* out) noexcept {
+  switch (type) {
+    case DType::f32:
+      return dequantize_floats<DType::f32>(row, n, out);
+    case DType::f16:
+      return dequantize_floats<DType::f16>(row, n, out);
+    case DType::bf16:
+      return dequantize_floats<DType::bf16>(row, n, out);
+    case DType::q8_0:
+      return dequantize_blocks<Q8_0>(row, n, out);
+    case DType::q3_k:
+      return dequantize_blocks<Q3_K>(row, n, out);
+    case DType::q4_k:
+      return dequantize_blocks<Q4_K>(row, n, out);
+    case DType::q5_k:
+      return dequantize_blocks<Q5_K>(row, n, out);
+    case DType::q6_k:
+      return dequantize_blocks<Q6_K>(row, n, out);
+  }
+}
+
+}  // namespace QWEN3NEXT_KERNEL_UNIT
+}  // namespace qwen3next::cpu::QWEN3NEXT_ISA

@@ -1,0 +1,37 @@
+# The CPU kernels, once for every instruction set of the target architecture: backends/cpu/kernels_isa.cpp compiled with
+# -DQWEN3NEXT_ISA=<name> and that ISA's flags into an object library each.
+#
+#   qwen3next_add_cpu_kernels(TARGET)   adds the objects to TARGET, which must define QWEN3NEXT_MULTI_ISA
+#
+# QWEN3NEXT_CPU_KERNEL_OBJECTS lists the objects, for tests/ops/check_exported_symbols.sh.
+
+function(qwen3next_add_cpu_kernel target isa)
+  set(library qwen3next_kernels_${isa})
+  add_library(${library} OBJECT ${PROJECT_SOURCE_DIR}/backends/cpu/kernels_isa.cpp)
+  target_compile_features(${library} PRIVATE cxx_std_20)
+  target_include_directories(${library} PRIVATE ${PROJECT_SOURCE_DIR})
+  target_compile_definitions(${library} PRIVATE QWEN3NEXT_ISA=${isa})
+  # Optimised in every configuration: what is not inlined could leave the object (and would be slow).
+  # No contraction: each ISA rounds as the source says.
+  target_compile_options(${library} PRIVATE ${ARGN} -O3 -ffp-contract=off -fno-math-errno)
+  set_target_properties(${library} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  if(TARGET qwen3next_warnings)
+    target_link_libraries(${library} PRIVATE qwen3next_warnings)
+  endif()
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${library}>)
+  set_property(GLOBAL APPEND PROPERTY QWEN3NEXT_CPU_KERNEL_OBJECTS $<TARGET_OBJECTS:${library}>)
+endfunction()
+
+function(qwen3next_add_cpu_kernels target)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+    qwen3next_add_cpu_kernel(${target} avx512 -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl
+                             -mavx512vnni)
+    qwen3next_add_cpu_kernel(${target} avx2 -mavx2 -mfma -mf16c -mbmi2)
+    qwen3next_add_cpu_kernel(${target} baseline)
+  elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+    qwen3next_add_cpu_kernel(${target} neon_dotprod -march=armv8.2-a+dotprod+fp16)
+    qwen3next_add_cpu_kernel(${target} neon)
+  else()
+    qwen3next_add_cpu_kernel(${target} baseline)
+  endif()
+endfunction()
