@@ -50,16 +50,13 @@
 #include "text/load.hpp"
 #include "text/tokenizer.hpp"
 #include "weights/checkpoint.hpp"
-#ifndef QWEN3NEXT_COMPILED
-#include "generate/make_engine.hpp"
-#endif
 
 namespace qwen3next {
 
 // How a model is opened.
 struct Options {
   Backend backend = Backend::cpu;
-  std::string isa;         // cpu kernels by name (available_isas()); "": the best that this machine has
+  std::string isa{};         // cpu kernels by name (available_isas()); "": the best that this machine has
   int threads = 0;         // 0: as many as this process may run on
   double yarn_factor = 0;  // more than 1: YaRN context extension by this factor; 0: as the files say
 };
@@ -67,7 +64,7 @@ struct Options {
 // How a session is opened.
 struct SessionOptions {
   std::int64_t context = 0;  // most tokens it may hold; 0: as many as the model was made for.  Memory grows as needed
-  std::optional<KvType> kv;  // KV cache type; nothing: f16 on cpu, f32 on reference
+  std::optional<KvType> kv{};  // KV cache type; nothing: f16 on cpu, f32 on reference
   int batch = 512;           // most tokens that go through the layers at a time: more is faster and takes more memory
 };
 
@@ -199,4 +196,7 @@ class Session {
 
 }  // namespace qwen3next
 
-#include "generate/session.hpp"  // IWYU pragma: keep: the definitions
+#ifndef QWEN3NEXT_COMPILED
+#include "generate/make_engine.hpp"
+#include "generate/session.hpp"
+#endif

@@ -18,13 +18,13 @@ namespace qwen3next {
 
 struct EngineOptions {
   Backend backend = Backend::cpu;
-  std::string isa;  // cpu: "" for the best that the machine has
-  int threads = 0;  // cpu: 0 for as many as the process may run on
+  std::string isa{};  // cpu: "" for the best that the machine has
+  int threads = 0;    // cpu: 0 for as many as the process may run on
 };
 
 struct TimelineOptions {
-  std::optional<KvType> kv;  // nothing: f16 on cpu, f32 on reference
-  int batch = 512;           // most tokens that go through the layers at a time
+  std::optional<KvType> kv{};  // nothing: f16 on cpu, f32 on reference
+  int batch = 512;             // most tokens that go through the layers at a time
 };
 
 // Told after each step of a long prefill: tokens done, of how many.  Returning false stops it there.

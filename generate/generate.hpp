@@ -1,6 +1,7 @@
 #pragma once
 // The loop: sample, show, feed back.
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -19,10 +20,10 @@ namespace qwen3next {
 
 struct GenerateOptions {
   Sampling sampling;
-  std::int64_t max_tokens = -1;           // -1: until the model ends its turn or the context is full
-  std::vector<std::string> stop;          // text that ends the answer and is not part of it
-  std::vector<std::int32_t> stop_tokens;  // tokens that end it; empty: the model's own
-  Progress on_prefill;                    // during a long prompt
+  std::int64_t max_tokens = -1;             // -1: until the model ends its turn or the context is full
+  std::vector<std::string> stop{};          // text that ends the answer and is not part of it
+  std::vector<std::int32_t> stop_tokens{};  // tokens that end it; empty: the model's own
+  Progress on_prefill{};                    // during a long prompt
 };
 
 enum class StopReason : std::uint8_t { end_of_text, stop_string, max_tokens, context_full, cancelled };
@@ -58,8 +59,8 @@ template <class Decode>
 void generate_tokens(const Tokenizer& tokenizer, Sampler& sampler, std::span<const float> logits, std::int64_t room,
                      const GenerateOptions& options, const OnText& on_text, Decode&& decode, Generated& result) {
   const auto start = std::chrono::steady_clock::now();
-  Utf8Stream characters(tokenizer);
-  StopStrings stop(options.stop);
+  Utf8Stream characters(tokenizer, /*skip_special=*/true);
+  StopMatcher stop(options.stop);
   bool wanted = true;
   auto show = [&](std::string_view piece) {
     if (piece.empty()) return;
@@ -79,7 +80,7 @@ void generate_tokens(const Tokenizer& tokenizer, Sampler& sampler, std::span<con
       break;
     }
     show(stop.push(characters.push(token)));
-    if (stop.hit()) {
+    if (stop.stopped()) {
       result.reason = StopReason::stop_string;
       break;
     }
@@ -94,9 +95,9 @@ void generate_tokens(const Tokenizer& tokenizer, Sampler& sampler, std::span<con
     if (options.max_tokens >= 0 && static_cast<std::int64_t>(result.tokens.size()) == options.max_tokens) break;
     logits = decode(token);
   }
-  if (!stop.hit()) {
+  if (!stop.stopped()) {
     show(stop.push(characters.flush()));
-    if (!stop.hit()) show(stop.flush());
+    if (!stop.stopped()) show(stop.flush());
   }
   result.decode_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }

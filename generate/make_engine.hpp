@@ -6,15 +6,10 @@
 
 #include "backends/cpu/cpu_backend.hpp"
 #include "core/error.hpp"
+#include "core/linkage.hpp"
 #include "generate/backend_engine.hpp"
 #ifdef QWEN3NEXT_REFERENCE
 #include "backends/reference/reference_backend.hpp"
-#endif
-
-#ifdef QWEN3NEXT_COMPILED
-#define QWEN3NEXT_INLINE
-#else
-#define QWEN3NEXT_INLINE inline
 #endif
 
 namespace qwen3next {

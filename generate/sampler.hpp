@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
+#include <optional>
 #include <random>
 #include <span>
 #include <string>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/error.hpp"
+#include "generate/defaults.hpp"
 
 namespace qwen3next {
 
@@ -41,6 +42,22 @@ struct Sampling {
           "more than 0, at most 10 (1: none)");
   }
 };
+
+// What a model's authors advise, where they say something.
+inline Sampling advised(const GenerationDefaults& d) {
+  Sampling s;
+  const auto take = [](float& value, const std::optional<double>& advice) {
+    if (advice) value = static_cast<float>(*advice);
+  };
+  take(s.temperature, d.temperature);
+  take(s.top_p, d.top_p);
+  take(s.min_p, d.min_p);
+  take(s.presence_penalty, d.presence_penalty);
+  take(s.frequency_penalty, d.frequency_penalty);
+  take(s.repetition_penalty, d.repetition_penalty);
+  if (d.top_k) s.top_k = *d.top_k;
+  return s;
+}
 
 // One stream of choices: penalties, temperature, top-k, top-p, min-p, then a draw.  Allocates only while it meets
 // tokens for the first time.

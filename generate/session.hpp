@@ -1,16 +1,17 @@
 #pragma once
-// Definitions of qwen3next.hpp's Model and Session.  Included by it, at its end.
+// Definitions of qwen3next.hpp's Model and Session.
 
 #include <algorithm>
 #include <chrono>
 
+#include "core/linkage.hpp"
 #include "qwen3next.hpp"
 
 namespace qwen3next {
 
 // --- Model ----------------------------------------------------------------------------------------------------------
 
-inline Model Model::open(const std::filesystem::path& path, const Options& options) {
+QWEN3NEXT_INLINE Model Model::open(const std::filesystem::path& path, const Options& options) {
   auto shared = std::make_shared<Shared>(Checkpoint::open(path));
   Config& config = shared->checkpoint.config;
   if (options.yarn_factor != 0) {
@@ -27,16 +28,16 @@ inline Model Model::open(const std::filesystem::path& path, const Options& optio
   return model;
 }
 
-inline MemoryPlan Model::plan(const SessionOptions& options) const {
+QWEN3NEXT_INLINE MemoryPlan Model::plan(const SessionOptions& options) const {
   const std::int64_t context = options.context > 0 ? options.context : config().max_position_embeddings;
   const KvType kv = options.kv.value_or(shared_->engine->default_kv());
   MemoryPlan plan = plan_session(config(), kv, context, options.batch);
-  plan.weights_mapped = checkpoint().mapped_bytes();
+  plan.weights_mapped = checkpoint().file_bytes();
   plan.weights_copied = checkpoint().copied_bytes();
   return plan;
 }
 
-inline Session Model::session(const SessionOptions& options) const {
+QWEN3NEXT_INLINE Session Model::session(const SessionOptions& options) const {
   const std::int64_t longest = config().max_position_embeddings;
   const std::int64_t context = options.context == 0 ? longest : options.context;
   if (context < 1 || context > longest) {
@@ -46,24 +47,24 @@ inline Session Model::session(const SessionOptions& options) const {
   return Session(*this, context, shared_->engine->timeline({options.kv, options.batch}));
 }
 
-inline const Tokenizer& Model::tokenizer() const {
+QWEN3NEXT_INLINE const Tokenizer& Model::tokenizer() const {
   std::call_once(shared_->tokenizer_once, [&] { shared_->tokenizer = load_tokenizer(checkpoint().path); });
   return *shared_->tokenizer;
 }
 
-inline const ChatTemplate& Model::chat_template() const {
+QWEN3NEXT_INLINE const ChatTemplate& Model::chat_template() const {
   std::call_once(shared_->template_once, [&] { shared_->chat_template = load_chat_template(checkpoint().path); });
   return *shared_->chat_template;
 }
 
-inline const GenerationDefaults& Model::defaults() const {
+QWEN3NEXT_INLINE const GenerationDefaults& Model::defaults() const {
   std::call_once(shared_->defaults_once, [&] { shared_->defaults = load_generation_defaults(checkpoint().path); });
   return shared_->defaults;
 }
 
-inline Sampling Model::sampling() const { return defaults().apply_to(Sampling{}); }
+QWEN3NEXT_INLINE Sampling Model::sampling() const { return advised(defaults()); }
 
-inline std::vector<std::int32_t> Model::stop_tokens() const {
+QWEN3NEXT_INLINE std::vector<std::int32_t> Model::stop_tokens() const {
   std::vector<std::int32_t> stop = defaults().eos_token_ids;
   for (std::string_view token : {"<|im_end|>", "<|endoftext|>"}) {
     const auto id = tokenizer().find(token);
@@ -75,7 +76,7 @@ inline std::vector<std::int32_t> Model::stop_tokens() const {
 // --- Session: tokens
 // --------------------------------------------------------------------------------------------------
 
-inline void Session::check_room(std::size_t count) const {
+QWEN3NEXT_INLINE void Session::check_room(std::size_t count) const {
   if (static_cast<std::int64_t>(tokens_.size() + count) > context_) {
     throw Error(std::to_string(tokens_.size()) + " tokens and " + std::to_string(count) +
                 " more do not fit a context of " + std::to_string(context_) +
@@ -83,7 +84,8 @@ inline void Session::check_room(std::size_t count) const {
   }
 }
 
-inline std::span<const float> Session::prefill(std::span<const std::int32_t> tokens, const Progress& progress) {
+QWEN3NEXT_INLINE std::span<const float> Session::prefill(std::span<const std::int32_t> tokens,
+                                                         const Progress& progress) {
   check_room(tokens.size());
   const std::size_t before = tokens_.size();
   tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
@@ -97,7 +99,7 @@ inline std::span<const float> Session::prefill(std::span<const std::int32_t> tok
   return logits_;
 }
 
-inline Session::Synced Session::sync(std::span<const std::int32_t> tokens, const Progress& progress) {
+QWEN3NEXT_INLINE Session::Synced Session::sync(std::span<const std::int32_t> tokens, const Progress& progress) {
   const std::size_t held = tokens_.size();
   const bool prefix = held <= tokens.size() && std::equal(tokens_.begin(), tokens_.end(), tokens.begin());
   if (prefix && held == tokens.size() && !logits_.empty()) return {logits_, static_cast<std::int64_t>(held)};
@@ -106,7 +108,7 @@ inline Session::Synced Session::sync(std::span<const std::int32_t> tokens, const
   return {prefill(tokens.subspan(reused), progress), static_cast<std::int64_t>(reused)};
 }
 
-inline void Session::all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) {
+QWEN3NEXT_INLINE void Session::all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) {
   check_room(tokens.size());
   timeline_->append_all_logits(tokens, [&](std::span<const float> row) {
     logits_.assign(row.begin(), row.end());
@@ -115,14 +117,14 @@ inline void Session::all_logits(std::span<const std::int32_t> tokens, const Logi
   tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
 }
 
-inline void Session::mtp_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) {
+QWEN3NEXT_INLINE void Session::mtp_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) {
   check_room(tokens.size());
   timeline_->append_mtp_logits(tokens, sink);
   tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
   logits_.clear();
 }
 
-inline Snapshot Session::snapshot() const {
+QWEN3NEXT_INLINE Snapshot Session::snapshot() const {
   Snapshot s;
   s.state_ = timeline_->snapshot();
   s.tokens_ = tokens_;
@@ -130,7 +132,7 @@ inline Snapshot Session::snapshot() const {
   return s;
 }
 
-inline void Session::restore(const Snapshot& snapshot) {
+QWEN3NEXT_INLINE void Session::restore(const Snapshot& snapshot) {
   if (!snapshot.state_) throw Error("this snapshot is empty: take one with Session::snapshot()");
   if (snapshot.position() > context_) {
     throw Error("a snapshot of " + std::to_string(snapshot.position()) + " tokens does not fit a context of " +
@@ -141,7 +143,7 @@ inline void Session::restore(const Snapshot& snapshot) {
   logits_ = snapshot.logits_;
 }
 
-inline void Session::reset() {
+QWEN3NEXT_INLINE void Session::reset() {
   timeline_->reset();
   tokens_.clear();
   logits_.clear();
@@ -155,8 +157,8 @@ inline double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 }  // namespace detail
 
-inline void Session::run(std::span<const float> logits, const GenerateOptions& options, const OnText& on_text,
-                         Generated& result) {
+QWEN3NEXT_INLINE void Session::run(std::span<const float> logits, const GenerateOptions& options, const OnText& on_text,
+                                   Generated& result) {
   Sampler sampler(options.sampling);
   for (std::int32_t token : tokens_) sampler.observe_prompt(token);
   const std::int64_t room = context_ - static_cast<std::int64_t>(tokens_.size());
@@ -165,7 +167,8 @@ inline void Session::run(std::span<const float> logits, const GenerateOptions& o
       result);
 }
 
-inline Generated Session::generate(std::string_view prompt, const OnText& on_text, const GenerateOptions& options) {
+QWEN3NEXT_INLINE Generated Session::generate(std::string_view prompt, const OnText& on_text,
+                                             const GenerateOptions& options) {
   Generated result;
   const auto start = std::chrono::steady_clock::now();
   const std::vector<std::int32_t> tokens = model_.tokenizer().encode(prompt);
@@ -178,26 +181,25 @@ inline Generated Session::generate(std::string_view prompt, const OnText& on_tex
   return result;
 }
 
-inline Answer Session::chat(const nlohmann::ordered_json& messages, const OnEvent& on_event,
-                            const GenerateOptions& options, const nlohmann::ordered_json& tools) {
+QWEN3NEXT_INLINE Answer Session::chat(const nlohmann::ordered_json& messages, const OnEvent& on_event,
+                                      const GenerateOptions& options, const nlohmann::ordered_json& tools) {
   Answer answer;
   const auto start = std::chrono::steady_clock::now();
   const ChatTemplate& chat_template = model_.chat_template();
-  const std::vector<std::int32_t> prompt =
-      encode_rendered(model_.tokenizer(), chat_template.render_marked(messages, tools));
+  const std::vector<std::int32_t> prompt = chat_template.render_prompt(messages, tools).encode(model_.tokenizer());
   const Synced synced = sync(prompt, options.on_prefill);
   answer.generated.prompt_tokens = static_cast<std::int64_t>(prompt.size());
   answer.generated.reused_tokens = synced.reused;
   answer.generated.prompt_seconds = detail::seconds_since(start);
 
-  AnswerParser parser(chat_template.kind() == TemplateKind::thinking, tools);
+  AnswerParser parser(chat_template.kind(), tools);
   bool wanted = true;
   auto give = [&](std::vector<AnswerEvent> events) {
     for (AnswerEvent& event : events) {
-      if (event.kind == AnswerEvent::Kind::reasoning) answer.reasoning += event.text;
-      if (event.kind == AnswerEvent::Kind::content) answer.content += event.text;
+      if (event.kind == AnswerEvent::reasoning) answer.reasoning += event.text;
+      if (event.kind == AnswerEvent::content) answer.content += event.text;
       if (wanted && on_event) wanted = on_event(event);
-      if (event.kind == AnswerEvent::Kind::tool_call) answer.tool_calls.push_back(std::move(event.call));
+      if (event.kind == AnswerEvent::tool_call) answer.tool_calls.push_back(std::move(event.call));
     }
     return wanted;
   };

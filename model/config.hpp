@@ -22,7 +22,7 @@ struct YarnScaling {
   std::int64_t original_max_position_embeddings = 262144;
   double beta_fast = 32;
   double beta_slow = 1;
-  std::optional<double> attention_factor;  // of cos and sin; 0.1 ln(factor) + 1 unless given
+  std::optional<double> attention_factor{};  // of cos and sin; 0.1 ln(factor) + 1 unless given
 };
 
 // Defaults are Qwen3-Next-80B-A3B's.
@@ -40,8 +40,8 @@ struct Config {
   int num_key_value_heads = 2;
   int head_dim = 256;
   double rope_theta = 1e7;
-  int rotary_dim = 64;  // head_dim * partial_rotary_factor; the first dims of a head
-  std::optional<YarnScaling> yarn;
+  int rotary_dim = 64;  // head_dim * partial_rotary_factor
+  std::optional<YarnScaling> yarn{};
 
   // Gated DeltaNet.
   int linear_num_key_heads = 16;
@@ -63,6 +63,7 @@ struct Config {
   int value_dim() const noexcept { return linear_num_value_heads * linear_value_head_dim; }
   int conv_dim() const noexcept { return 2 * key_dim() + value_dim(); }
   int attention_dim() const noexcept { return num_attention_heads * head_dim; }
+  int rotary_pairs() const noexcept { return (rotary_dim + 1) / 2; }  // dims i and i + pairs of a head turn together
   int kv_dim() const noexcept { return num_key_value_heads * head_dim; }
   bool full_attention(int layer) const noexcept {
     return layer_types[static_cast<std::size_t>(layer)] == LayerType::full_attention;
@@ -102,8 +103,7 @@ inline void Config::validate(std::string_view source) const {
   in_range("num_key_value_heads", num_key_value_heads, 1, num_attention_heads);
   multiple("num_attention_heads", num_attention_heads, "num_key_value_heads", num_key_value_heads);
   in_range("head_dim", head_dim, 1, 4096);
-  in_range("rotary dimensions (head_dim * partial_rotary_factor)", rotary_dim, 0, head_dim);
-  multiple("rotary dimensions (head_dim * partial_rotary_factor)", rotary_dim, "a pair", 2);
+  in_range("rotary dimensions (head_dim * partial_rotary_factor)", rotary_dim, 0, head_dim - head_dim % 2);
   in_range("linear_num_key_heads", linear_num_key_heads, 1, 4096);
   in_range("linear_num_value_heads", linear_num_value_heads, 1, 4096);
   multiple("linear_num_value_heads", linear_num_value_heads, "linear_num_key_heads", linear_num_key_heads);
@@ -123,9 +123,9 @@ inline void Config::validate(std::string_view source) const {
   }
 }
 
-// The angles of rotary embedding: dims i and i + rotary_dim/2 of a head turn by position * frequency[i].
+// The angles of rotary embedding: dims i and i + rotary_pairs of a head turn by position * frequency[i].
 struct Rope {
-  std::vector<double> frequency;  // radians per position, rotary_dim / 2 of them
+  std::vector<double> frequency;  // radians per position, one per pair
   float scale = 1;                // YaRN's factor of cos and sin
 };
 
@@ -134,7 +134,7 @@ struct Rope {
 inline Rope make_rope(const Config& c) {
   Rope rope;
   const double dim = c.rotary_dim;
-  for (int i = 0; i < c.rotary_dim / 2; ++i) rope.frequency.push_back(std::pow(c.rope_theta, -2.0 * i / dim));
+  for (int i = 0; i < c.rotary_pairs(); ++i) rope.frequency.push_back(std::pow(c.rope_theta, -2.0 * i / dim));
   if (!c.yarn) return rope;
   const YarnScaling& y = *c.yarn;
   auto turns_to_dim = [&](double turns) {  // the (fractional) pair that turns this often within the original context
@@ -144,7 +144,7 @@ inline Rope make_rope(const Config& c) {
   const double low = std::max(std::floor(turns_to_dim(y.beta_fast)), 0.0);
   double high = std::min(std::ceil(turns_to_dim(y.beta_slow)), dim - 1);
   if (low == high) high += 0.001;  // as Hugging Face: no division by zero
-  for (int i = 0; i < c.rotary_dim / 2; ++i) {
+  for (int i = 0; i < c.rotary_pairs(); ++i) {
     const double ramp = std::clamp((i - low) / (high - low), 0.0, 1.0);
     double& f = rope.frequency[static_cast<std::size_t>(i)];
     f = f * (1 - ramp) + f / y.factor * ramp;

@@ -33,7 +33,7 @@ inline MemoryPlan plan_session(const Config& c, KvType kv, std::int64_t context,
                      (u(c.linear_num_value_heads) * u(c.linear_key_head_dim) * u(c.linear_value_head_dim) +
                       u(c.linear_conv_kernel_dim - 1) * u(c.conv_dim()));
   // As model/state.hpp's Activations.
-  const std::uint64_t row = 4 * u(c.hidden_size) + u(c.rotary_dim) + 3 * u(c.attention_dim()) + 2 * u(c.kv_dim()) +
+  const std::uint64_t row = 4 * u(c.hidden_size) + 2 * u(c.rotary_pairs()) + 3 * u(c.attention_dim()) + 2 * u(c.kv_dim()) +
                             2 * u(c.conv_dim()) + 2 * u(c.value_dim()) + 4 * u(c.linear_num_value_heads) +
                             u(c.num_experts) + 2 * u(c.num_experts_per_tok) + 2 * u(c.shared_expert_intermediate_size) +
                             1 + (c.has_mtp ? 2 * u(c.hidden_size) : 0);

@@ -63,7 +63,7 @@ struct Activations {
         x(be.tensor(rows, c.hidden_size)),
         h(be.tensor(rows, c.hidden_size)),
         mix(be.tensor(rows, c.hidden_size)),
-        angles(be.tensor(rows, c.rotary_dim)),
+        angles(be.tensor(rows, 2 * c.rotary_pairs())),
         q(be.tensor(rows, c.attention_dim())),
         gate(be.tensor(rows, c.attention_dim())),
         k(be.tensor(rows, c.kv_dim())),
@@ -94,7 +94,7 @@ struct Activations {
   Tensor x;                               // [T, H] residual stream
   Tensor h;                               // [T, H] normed input of a block; at the end the final hidden state
   Tensor mix;                             // [T, H] output of a block
-  Tensor angles;                          // [T, rotary_dim] cos, sin
+  Tensor angles;                          // [T, 2 rotary pairs] cos, sin
   Tensor q, gate, k, v, heads;            // attention: [T, Hq D] x2, [T, Hkv D] x2, [T, Hq D]
   Tensor qkv, conv, z, b, a, beta, g, o;  // DeltaNet: [T, 2 Hk Dk + Hv Dv] x2, [T, Hv Dv], [T, Hv] x4, [T, Hv Dv]
   Tensor router_logits;                   // [T, E]

@@ -33,10 +33,6 @@ void on_every_backend(F f) {
   }
 }
 
-std::vector<float> tail(const std::vector<float>& v, std::size_t n) {
-  return {v.end() - static_cast<std::ptrdiff_t>(n), v.end()};
-}
-
 }  // namespace
 
 TEST_CASE("T tokens at once = T single steps = uneven pieces") {

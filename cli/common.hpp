@@ -1,0 +1,160 @@
+#pragma once
+// What the commands share: the options for opening a model, and reading and writing.
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <cstdint>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "cli/format.hpp"
+#include "cli/interrupt.hpp"
+#include "cli/terminal.hpp"
+#include "qwen3next.hpp"
+
+namespace qwen3next::cli {
+
+inline constexpr std::string_view model_help = "GGUF file (the first, if split) or Hugging Face folder";
+
+// The line under a command's options that shows how to use it.
+inline void add_example(CLI::App& command, const std::string& text) { command.footer("Example:\n  " + text + "\n"); }
+
+// --- opening --------------------------------------------------------------------------------------------------------
+
+struct ModelOptions {
+  std::string path;
+  std::string backend = "cpu";
+  std::string isa;
+  int threads = 0;
+  double yarn = 0;
+  std::string memory = "auto", gpu_memory, mtp = "auto";
+  std::int64_t context = 0;
+  std::string kv;
+  bool verbose = false;
+};
+
+// MODEL and how to compute with it.
+inline void add_model_options(CLI::App& command, ModelOptions& o) {
+  command.add_option("MODEL", o.path, std::string(model_help))->required()->option_text(" ");
+  command.add_option("--backend", o.backend, "What computes: cpu, or reference (float32, slow, exact)")
+      ->option_text("NAME [cpu]")
+      ->check(CLI::IsMember({"cpu", "reference", "cuda"}))
+      ->group("Computing");
+  command.add_option("--isa", o.isa, "CPU kernels by name [the best that this machine has]; a wrong one lists them")
+      ->option_text("NAME")
+      ->group("Computing");
+  command.add_option("--threads", o.threads, "CPU threads; 0: as many as this process may run on")
+      ->option_text("N [0]")
+      ->check(CLI::NonNegativeNumber)
+      ->group("Computing");
+  command.add_option("--yarn", o.yarn, "Extend the model's length by this factor (YaRN), 1M from 262144: 4")
+      ->option_text("FACTOR")
+      ->check(CLI::Range(1., 1024.))
+      ->group("Computing");
+  command.add_option("--memory", o.memory, "auto: weights are mapped, the system keeps what fits; no other value yet")
+      ->option_text("SIZE [auto]")
+      ->group("Computing");
+  command.add_option("--gpu-memory", o.gpu_memory, "Refused: this build has no CUDA backend")
+      ->option_text("SIZE")
+      ->group("Computing");
+  command.add_flag("-v,--verbose", o.verbose, "Say on stderr what is opened and how");
+}
+
+// The timeline's options.
+inline void add_session_options(CLI::App& command, ModelOptions& o) {
+  command.add_option("--ctx", o.context, "Most tokens of prompt and answer; memory grows as needed [the model's length]")
+      ->option_text("N")
+      ->check(CLI::PositiveNumber)
+      ->group("Computing");
+  command.add_option("--kv", o.kv, "Type of the KV cache: f16, f32 or q8_0 [f16; reference: f32]")
+      ->option_text("TYPE")
+      ->check(CLI::IsMember({"f16", "f32", "q8_0"}))
+      ->group("Computing");
+}
+
+inline void add_mtp_option(CLI::App& command, ModelOptions& o) {
+  command.add_option("--mtp", o.mtp, "Tokens drafted by the MTP head; auto and 0 mean none: it is not used yet")
+      ->option_text("N [auto]")
+      ->group("Computing");
+}
+
+inline std::optional<KvType> kv_type(const std::string& name) {
+  if (name == "f16") return KvType::f16;
+  if (name == "f32") return KvType::f32;
+  if (name == "q8_0") return KvType::q8_0;
+  return {};
+}
+
+inline double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+inline SessionOptions session_options(const ModelOptions& o) { return {.context = o.context, .kv = kv_type(o.kv)}; }
+
+// Options that mean something in other builds are refused here, rather than ignored.
+inline Model open_model(const ModelOptions& o) {
+  if (o.backend == "cuda") throw Error("--backend cuda: this build has no CUDA backend; use cpu");
+  if (!o.gpu_memory.empty()) throw Error("--gpu-memory: this build has no CUDA backend; leave it out");
+  if (o.memory != "auto") {
+    throw Error("--memory " + o.memory + ": a budget needs streamed experts, which this build has not; leave it out " +
+                "(weights are memory-mapped: the system keeps what fits)");
+  }
+  if (o.mtp != "auto" && o.mtp != "0") {
+    throw Error("--mtp " + o.mtp + ": this build does not draft with the MTP head; use 0, or leave it out");
+  }
+  const auto start = std::chrono::steady_clock::now();
+  Model model = Model::open(o.path, {.backend = o.backend == "reference" ? Backend::reference : Backend::cpu,
+                                     .isa = o.isa,
+                                     .threads = o.threads,
+                                     .yarn_factor = o.yarn});
+  if (o.verbose) {
+    const Config& c = model.config();
+    const MemoryPlan plan = model.plan(session_options(o));
+    std::cerr << o.path << ": " << c.num_hidden_layers << " layers, width " << c.hidden_size << ", " << c.num_experts
+              << " experts, top " << c.num_experts_per_tok << ", length " << c.max_position_embeddings
+              << (c.has_mtp ? ", MTP head" : "") << format("; opened in %.3f s\n", seconds_since(start))
+              << "backend: " << model.backend_description() << "\n"
+              << "memory: weights " << bytes_text(plan.weights_mapped) << " mapped, " << bytes_text(plan.weights_copied)
+              << " copied; KV cache up to " << bytes_text(plan.kv_cache) << ", states " << bytes_text(plan.delta_state)
+              << ", scratch " << bytes_text(plan.scratch) << "\n";
+  }
+  return model;
+}
+
+// --- reading and writing --------------------------------------------------------------------------------------------
+
+inline std::string read_all(std::istream& in, const std::string& name) {
+  std::string text{std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+  if (in.bad()) throw Error(name + ": cannot be read");
+  return text;
+}
+
+inline std::string read_stdin(std::string_view what) {
+  if (is_terminal(stdin)) std::cerr << "reading " << what << " from the terminal; Ctrl-D on an empty line ends it\n";
+  return read_all(std::cin, "standard input");
+}
+
+// A whole file; "-" is standard input.
+inline std::string read_text(const std::string& path, std::string_view what) {
+  if (path == "-") return read_stdin(what);
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) throw Error(path + ": is a folder, expected a file with " + std::string(what));
+  std::ifstream in(path, std::ios::binary);
+  if (!in) throw Error(path + ": cannot be opened (" + std::generic_category().message(errno) + "); expected " + std::string(what));
+  return read_all(in, path);
+}
+
+// Ends with an error if the results did not reach their reader: a full disk must not look like success.
+inline void finish_output() {
+  errno = 0;
+  if (!std::cout.flush()) {
+    throw Error(std::string("standard output: cannot be written") +
+                (errno ? ": " + std::generic_category().message(errno) : ""));
+  }
+}
+
+}  // namespace qwen3next::cli

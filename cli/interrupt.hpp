@@ -1,0 +1,49 @@
+#pragma once
+// Ctrl-C.
+
+#include <atomic>
+#include <csignal>
+#include <cstdlib>
+
+#include "core/error.hpp"
+
+namespace qwen3next::cli {
+
+inline constexpr int exit_interrupted = 130;
+
+namespace detail {
+inline std::atomic<bool> stoppable = false, stop_requested = false;
+static_assert(std::atomic<bool>::is_always_lock_free, "used in a signal handler");
+
+extern "C" inline void on_interrupt(int) {
+  if (!stoppable || stop_requested) std::_Exit(exit_interrupted);
+  stop_requested = true;
+}
+}  // namespace detail
+
+// Ctrl-C ends the program at once, except within this scope, where the first one only makes interrupted() true: the
+// work that goes on there asks for it between two steps, and ends cleanly.
+class Interruptible {
+ public:
+  Interruptible() {
+    detail::stop_requested = false;
+    detail::stoppable = true;
+  }
+  ~Interruptible() { detail::stoppable = false; }
+  Interruptible(const Interruptible&) = delete;
+  Interruptible& operator=(const Interruptible&) = delete;
+};
+
+inline bool interrupted() noexcept { return detail::stop_requested; }
+inline void stop_if_interrupted() {
+  if (interrupted()) throw Cancelled();
+}
+
+inline void catch_interrupts() {
+  std::signal(SIGINT, detail::on_interrupt);
+#ifdef SIGPIPE
+  std::signal(SIGPIPE, SIG_DFL);  // whoever reads our output has had enough: end quietly, even if started with it ignored
+#endif
+}
+
+}  // namespace qwen3next::cli

@@ -1,0 +1,116 @@
+// quantize: a checkpoint in, a GGUF out.
+
+#include "weights/quantize.hpp"
+
+#include "cli/commands.hpp"
+#include "cli/common.hpp"
+#include "cli/progress.hpp"
+
+namespace qwen3next::cli {
+
+namespace {
+
+struct QuantizeCommand {
+  std::string in, out, type = "Q4_K_M", name;
+  std::vector<std::string> tensor_types;
+  int threads = 0;
+  bool force = false, quiet = false;
+};
+
+std::vector<std::string> mix_names() {
+  std::vector<std::string> names;
+  for (const Mix& mix : mixes) names.emplace_back(mix.name);
+  return names;
+}
+
+std::string join(const std::vector<std::string>& parts) {
+  std::string out;
+  for (const std::string& part : parts) out += (out.empty() ? "" : ", ") + part;
+  return out;
+}
+
+// REGEX=TYPE
+std::pair<std::string, DType> parse_tensor_type(const std::string& text) {
+  const std::size_t equals = text.rfind('=');
+  const auto type = equals == text.npos ? std::nullopt : find_dtype(text.substr(equals + 1));
+  if (!type || equals == 0) {
+    std::vector<std::string> types;
+    for (const DTypeInfo& known : dtype_table) types.emplace_back(known.name);
+    throw CLI::ValidationError("--tensor-type", "'" + text + "': expected REGEX=TYPE, TYPE one of " + join(types));
+  }
+  return {text.substr(0, equals), *type};
+}
+
+void summarise(const Checkpoint& in, const QuantizeCommand& o, const QuantizeSummary& s) {
+  const auto rate = static_cast<double>(s.bytes_read) / s.seconds;
+  std::cerr << o.out << ": " << bytes_text(s.file_bytes) << " from " << bytes_text(in.weight_bytes()) << " of weights, "
+            << format("%.1f s, ", s.seconds) << bytes_text(rate) << "/s\n";
+  double bits = 0, elements = 0;
+  for (const QuantizeSummary::PerType& t : s.types) {
+    const auto n = static_cast<double>(t.elements), b = static_cast<double>(t.bytes);
+    std::cerr << format("  %-5s %6zu tensors %10s  %.2f bits each\n", std::string(info(t.type).name).c_str(), t.tensors,
+                        bytes_text(b).c_str(), 8 * b / n);
+    bits += 8 * b, elements += n;
+  }
+  std::cerr << format("  all   %.2f bits per weight\n", bits / elements);
+  if (!s.fallbacks.empty()) {
+    const Fallback& f = s.fallbacks.front();
+    std::cerr << "  " << s.fallbacks.size() << " tensors have rows that are not whole blocks of their type: " << f.name
+              << " is " << info(f.used).name << ", not " << info(f.wanted).name << (s.fallbacks.size() > 1 ? ", ..." : "")
+              << "\n";
+  }
+  if (s.requantized > 0) {
+    std::cerr << "  " << s.requantized << " tensors were quantised before: from BF16 the result would be better\n";
+  }
+  if (!s.has_tokenizer) std::cerr << "  no tokenizer in the source, so none in the result\n";
+}
+
+void run_quantize(const QuantizeCommand& o) {
+  QuantizeOptions options{.type = o.type, .name = o.name, .threads = o.threads, .overwrite = o.force};
+  for (const std::string& text : o.tensor_types) options.tensor_types.push_back(parse_tensor_type(text));
+  std::error_code ignored;
+  if (!o.force && std::filesystem::exists(o.out, ignored)) {
+    throw Error(o.out + ": exists already; --force overwrites it");
+  }
+  const Checkpoint in = Checkpoint::open(o.in);
+  const Interruptible scope;
+  Progress progress("quantizing", Progress::Unit::bytes, !o.quiet);
+  const QuantizeSummary summary = quantize(in, o.out, options, [&](const QuantizeProgress& p) {
+    progress.update(static_cast<std::int64_t>(p.bytes_read), static_cast<std::int64_t>(p.bytes_to_read));
+    return !interrupted();
+  });
+  progress.clear();
+  if (!o.quiet) summarise(in, o, summary);
+}
+
+}  // namespace
+
+void add_quantize(CLI::App& app) {
+  auto o = std::make_shared<QuantizeCommand>();
+  CLI::App& command = *app.add_subcommand("quantize", "Write a model as a GGUF of smaller types");
+  command.add_option("IN", o->in, "Hugging Face folder or GGUF file")->required()->option_text(" ");
+  command.add_option("OUT", o->out, "The GGUF file to write")->required()->option_text(" ");
+  command.add_option("-t,--type", o->type, join(mix_names()))
+      ->option_text("TYPE [Q4_K_M]")
+      ->check(CLI::IsMember(mix_names(), CLI::ignore_case));
+  command
+      .add_option("--tensor-type", o->tensor_types,
+                  "Another type for the tensors whose name (llama.cpp's) matches; repeatable, the last match counts")
+      ->option_text("REGEX=TYPE")
+      ->take_all()
+      ->allow_extra_args(false);
+  command.add_option("--name", o->name, "The name that the file gives the model [the source's]")->option_text("TEXT");
+  command.add_option("--threads", o->threads, "Threads; 0: all processors")
+      ->option_text("N [0]")
+      ->check(CLI::NonNegativeNumber);
+  command.add_flag("--force", o->force, "Overwrite OUT if it exists");
+  command.add_flag("-q,--quiet", o->quiet, "No progress and no summary on stderr");
+  add_example(command,
+              "qwen3next quantize Qwen3-Next-80B-A3B-Instruct model.gguf --type Q4_K_M\n"
+              "  qwen3next quantize folder model.gguf --type Q4_K_M --tensor-type 'ffn_down_exps=Q5_K'\n\n"
+              "Reads and writes a piece at a time, in little memory.  OUT appears when it is complete; Ctrl-C leaves\n"
+              "nothing behind.  llama.cpp loads it as well.");
+  command.callback([o] { run_quantize(*o); });
+}
+
+}  // namespace qwen3next::cli

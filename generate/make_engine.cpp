@@ -1,3 +1,0 @@
-// The engine, compiled once for those who link the library.
-#define QWEN3NEXT_REFERENCE
-#include "generate/make_engine.hpp"
