@@ -1,0 +1,1 @@
+"""Training of the bundled miniature Qwen3-Next; see ../train_tiny.py."""
