@@ -118,26 +118,25 @@ class Bench {
   Result prefill(const Snapshot& from) {
     const std::int64_t n = o_.prefill, depth = from.position(), batch = SessionOptions{}.batch;
     double bytes = 0;
-    for (std::int64_t done = 0; done < n; done += batch) bytes += traffic(std::min(batch, n - done), depth + done);
+    for (std::int64_t done = 0; done < n; done += batch) bytes += traffic(std::min(batch, n - done), static_cast<double>(depth + done));
     return {"prefill", n, depth, measure(from, n, [&](const auto& input) { read(input); }), bytes / static_cast<double>(n)};
   }
 
   Result decode(const Snapshot& from) {
     const std::int64_t n = o_.decode, depth = from.position();
-    double bytes = 0;
-    for (std::int64_t i = 0; i < n; ++i) bytes += traffic(1, depth + i);
     auto steps = [&](const auto& input) {
       for (const std::int32_t token : input) {
         stop_if_interrupted();
         session_.decode(token);
       }
     };
-    return {"decode", n, depth, measure(from, n, steps), bytes / static_cast<double>(n)};
+    const double middle = static_cast<double>(depth) + static_cast<double>(n - 1) / 2;  // traffic is linear in depth
+    return {"decode", n, depth, measure(from, n, steps), traffic(1, middle)};
   }
 
-  double traffic(std::int64_t tokens, std::int64_t depth) const {
+  double traffic(std::int64_t tokens, double depth) const {
     const Checkpoint& c = session_.model().checkpoint();
-    return pass_traffic(c.config, c.weights, kv_, static_cast<double>(tokens), static_cast<double>(depth)).total();
+    return pass_traffic(c.config, c.weights, kv_, static_cast<double>(tokens), depth).total();
   }
 
   const BenchOptions& o_;

@@ -58,9 +58,17 @@ int unknown_command(const CLI::App& app, const std::string& word) {
 // CLI11's help, with a usage line in our words.
 class HelpFormatter : public CLI::Formatter {
  public:
-  HelpFormatter() { column_width(34); }
+  HelpFormatter() {
+    column_width(34);
+    label("Positionals", "Arguments");
+  }
+  std::string make_help(const CLI::App* app, std::string name, CLI::AppFormatMode mode) const override {
+    std::string help = Formatter::make_help(app, std::move(name), mode);
+    for (std::size_t at; (at = help.find("\n\n\n")) != help.npos;) help.erase(at, 1);
+    return help;
+  }
   std::string make_usage(const CLI::App* app, std::string) const override {
-    if (!app->get_parent()) return "\nUsage: qwen3next COMMAND MODEL [options]\n\n";
+    if (!app->get_parent()) return "\nUsage: qwen3next COMMAND MODEL [options]\n";
     std::string usage = "\nUsage: qwen3next " + app->get_name();
     for (const CLI::Option* option : app->get_options([](const CLI::Option* o) { return o->get_positional(); })) {
       usage += " " + option->get_name(true);
@@ -87,6 +95,7 @@ int run_program(int argc, char** argv) {
                    add_detokenize, add_template}) {
     add(app);
   }
+  for (CLI::App* command : app.get_subcommands([](CLI::App*) { return true; })) command->group("Commands");
 
   if (argc < 2) {
     std::cerr << app.help();

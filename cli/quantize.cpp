@@ -92,7 +92,7 @@ void add_quantize(CLI::App& app) {
   command.add_option("OUT", o->out, "The GGUF file to write")->required()->option_text(" ");
   command.add_option("-t,--type", o->type, join(mix_names()))
       ->option_text("TYPE [Q4_K_M]")
-      ->check(CLI::IsMember(mix_names(), CLI::ignore_case));
+      ->transform(CLI::IsMember(mix_names(), CLI::ignore_case));
   command
       .add_option("--tensor-type", o->tensor_types,
                   "Another type for the tensors whose name (llama.cpp's) matches; repeatable, the last match counts")

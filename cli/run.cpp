@@ -99,14 +99,14 @@ void add_run(CLI::App& app) {
   command.add_option("-f,--file", o->file, "Read the prompt from a file; a last line break is dropped")
       ->option_text("FILE")
       ->excludes(prompt);
-  auto* chat = command.add_flag("--chat", o->chat, "The prompt is a user's message: apply the model's chat template");
+  auto* chat = command.add_flag("--chat", o->chat, "The prompt is a user's message: apply the model's chat template")
+                   ->option_text(" ");
   command.add_option("--system", o->system, "With --chat: the system message")->option_text("TEXT")->needs(chat);
   command.add_option("--tools", o->tools, "With --chat: a JSON list of tools; calls are printed as lines of JSON")
       ->option_text("FILE")
       ->needs(chat);
-  command
-      .add_flag("--raw", o->raw,
-                "The prompt to the byte, <|im_start|> and the like in it being control tokens; no echo on a terminal")
+  command.add_flag("--raw", o->raw, "The prompt to the byte, <|im_start|> and the like in it being control tokens")
+      ->option_text(" ")
       ->excludes(chat);
   command.add_flag("-q,--quiet", o->quiet, "No progress, no timing line on stderr");
   add_sampling_options(command, o->sampling);

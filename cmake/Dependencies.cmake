@@ -8,7 +8,13 @@ endfunction()
 
 find_package(Threads REQUIRED)
 
-find_package(xsimd QUIET)
+# By its header: Debian's xsimd package names xtl in its CMake target but does not need it.
+find_path(XSIMD_INCLUDE_DIR xsimd/xsimd.hpp)
+if(XSIMD_INCLUDE_DIR)
+  set(xsimd_FOUND ON)
+  add_library(qwen3next_xsimd INTERFACE)
+  target_include_directories(qwen3next_xsimd SYSTEM INTERFACE ${XSIMD_INCLUDE_DIR})
+endif()
 qwen3next_need(xsimd_FOUND "xsimd (vector kernels)" libxsimd-dev)
 
 find_package(nlohmann_json QUIET)
@@ -27,7 +33,7 @@ qwen3next_need(utf8proc_FOUND "utf8proc (Unicode)" libutf8proc-dev)
 find_package(Eigen3 3.3 QUIET NO_MODULE)
 qwen3next_need(Eigen3_FOUND "Eigen (reference backend)" libeigen3-dev)
 
-set(QWEN3NEXT_RUNTIME_LIBRARIES xsimd nlohmann_json::nlohmann_json utf8proc Threads::Threads)
+set(QWEN3NEXT_RUNTIME_LIBRARIES qwen3next_xsimd nlohmann_json::nlohmann_json utf8proc Threads::Threads)
 if(QWEN3NEXT_OPENMP)
   find_package(OpenMP QUIET COMPONENTS CXX)
   qwen3next_need(OpenMP_CXX_FOUND "OpenMP (threads; or configure with -DQWEN3NEXT_OPENMP=OFF)" "g++, or libomp-dev for clang")

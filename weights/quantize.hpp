@@ -374,7 +374,8 @@ inline QuantizeSummary quantize(const Checkpoint& in, const std::filesystem::pat
     if (progress && !progress(state)) throw Cancelled();
   };
 
-  const int threads = options.threads > 0 ? options.threads : std::max(1u, std::thread::hardware_concurrency());
+  const int threads =
+      options.threads > 0 ? options.threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   const detail::Encoder encoder(in, plan, options.measure);
   detail::Batches batches(plan);
   detail::Batch working, ready, coming;

@@ -59,7 +59,8 @@ std::size_t files_in(const fs::path& folder) {
 TEST_CASE("a GGUF of the source's own type holds the same model") {
   const std::map<std::string, std::string> types{
       {"release", "BF16"}, {"yarn", "BF16"}, {"fused", "F32"}, {"sharded", "F16"}};
-  for (const auto& [name, type] : types) {
+  for (const auto& [source, type] : types) {
+    const std::string name = source;
     CAPTURE(name);
     const TempFolder folder;
     const Checkpoint in = Checkpoint::open(golden_model(name));
