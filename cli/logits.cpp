@@ -52,12 +52,15 @@ void logits(const LogitsOptions& o) {
   const int vocabulary = model.config().vocab_size;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     if (tokens[i] < 0 || tokens[i] >= vocabulary) {
-      throw_error(source, ": token ", i, " is ", tokens[i], ", expected 0..", vocabulary - 1, ", this model's vocabulary");
+      throw_error(source, ": token ", i, " is ", tokens[i], ", expected 0..", vocabulary - 1,
+                  ", this model's vocabulary");
     }
   }
   if (o.mtp && !model.config().has_mtp) throw Error(o.model.path + ": has no MTP head; leave --mtp out");
   if (o.mtp && tokens.size() < 2) throw Error(source + ": the MTP head needs at least two tokens");
-  Session session = model.session(session_options(o.model));
+  SessionOptions options = session_options(o.model);
+  if (!options.kv) options.kv = KvType::f32;  // these numbers are for comparing: nothing is rounded that need not be
+  Session session = model.session(options);
 
   const Interruptible scope;
   const auto rows = static_cast<std::int64_t>(tokens.size()) - (o.mtp ? 1 : 0);
@@ -84,14 +87,18 @@ void add_logits(CLI::App& app) {
   command.add_option("--tokens-file", o->file, "Read the ids from a file, '-' is standard input")
       ->option_text("FILE")
       ->excludes(tokens);
-  command.add_option("-o,--out", o->out, "The file to write: float32 [tokens, vocabulary]")->option_text("F.npy")->required();
+  command.add_option("-o,--out", o->out, "The file to write: float32 [tokens, vocabulary]")
+      ->option_text("F.npy")
+      ->required();
   command.add_flag("--mtp", o->mtp,
                    "The MTP head's logits instead, [tokens - 1, vocabulary]: row t guesses token t + 2");
   command.add_flag("-q,--quiet", o->quiet, "No progress on stderr");
-  add_example(command,
-              "qwen3next logits model.gguf --tokens 785,6722,315 --out logits.npy\n"
-              "  qwen3next tokenize model.gguf < text.txt | qwen3next logits model.gguf --tokens-file - --out logits.npy\n\n"
-              "Row t is computed from tokens 0..t.  No tokenizer is needed.");
+  add_example(
+      command,
+      "qwen3next logits model.gguf --tokens 785,6722,315 --out logits.npy\n"
+      "  qwen3next tokenize model.gguf < text.txt | qwen3next logits model.gguf --tokens-file - --out logits.npy\n\n"
+      "Row t is computed from tokens 0..t.  No tokenizer is needed.\n"
+      "The KV cache is f32 here unless --kv says otherwise.");
   command.callback([o] { logits(*o); });
 }
 
