@@ -26,7 +26,7 @@
 //   QWEN3NEXT_REFERENCE   header only: build the reference backend in, too (needs Eigen)
 #pragma once
 
-#include <atomic>
+#include <algorithm>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -56,16 +56,16 @@ namespace qwen3next {
 // How a model is opened.
 struct Options {
   Backend backend = Backend::cpu;
-  std::string isa{};         // cpu kernels by name (available_isas()); "": the best that this machine has
+  std::string isa{};       // cpu kernels by name (available_isas()); "": the best that this machine has
   int threads = 0;         // 0: as many as this process may run on
   double yarn_factor = 0;  // more than 1: YaRN context extension by this factor; 0: as the files say
 };
 
 // How a session is opened.
 struct SessionOptions {
-  std::int64_t context = 0;  // most tokens it may hold; 0: as many as the model was made for.  Memory grows as needed
+  std::int64_t context = 0;    // most tokens it may hold; 0: as many as the model was made for.  Memory grows as needed
   std::optional<KvType> kv{};  // KV cache type; nothing: f16 on cpu, f32 on reference
-  int batch = 512;           // most tokens that go through the layers at a time: more is faster and takes more memory
+  int batch = 512;             // most tokens that go through the layers at a time: more is faster and takes more memory
 };
 
 class Session;
@@ -181,7 +181,9 @@ class Session {
  private:
   friend class Model;
   Session(Model model, std::int64_t context, std::unique_ptr<Timeline> timeline)
-      : model_(std::move(model)), context_(context), timeline_(std::move(timeline)) {}
+      : model_(std::move(model)), context_(context), timeline_(std::move(timeline)) {
+    tokens_.reserve(static_cast<std::size_t>(std::min<std::int64_t>(context, 1 << 14)));  // decoding allocates nothing
+  }
 
   void check_room(std::size_t count) const;
   // Samples until something ends it; `on_text` sees the answer.

@@ -1,6 +1,7 @@
 // quantize: a checkpoint in, a GGUF out.
 
 #include "weights/quantize.hpp"
+#include "weights/quantize_plan.hpp"
 
 #include "cli/commands.hpp"
 #include "cli/common.hpp"

@@ -3,22 +3,41 @@
 //
 // `path` is a GGUF file or a Hugging Face folder; a folder needs no weights for this.
 
+#include <filesystem>
+#include <optional>
+#include <string>
+
+#include "core/linkage.hpp"
+#include "generate/defaults.hpp"
+#include "text/chat_template.hpp"
+#include "text/tokenizer.hpp"
+
+namespace qwen3next {
+
+Tokenizer load_tokenizer(const std::filesystem::path& path);
+
+// The Jinja text; nothing if the checkpoint has none.
+std::optional<std::string> load_chat_template_text(const std::filesystem::path& path);
+
+// The template, recognised.  Throws if there is none or it is an unknown one.
+ChatTemplate load_chat_template(const std::filesystem::path& path);
+
+GenerationDefaults load_generation_defaults(const std::filesystem::path& path);
+
+}  // namespace qwen3next
+
+#if QWEN3NEXT_DEFINITIONS
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <filesystem>
 #include <limits>
-#include <optional>
-#include <string>
 #include <string_view>
 #include <system_error>
 #include <utility>
 #include <vector>
 
 #include "core/json.hpp"
-#include "generate/defaults.hpp"
-#include "text/chat_template.hpp"
-#include "text/tokenizer.hpp"
 #include "weights/gguf.hpp"
 #include "weights/mapped_file.hpp"
 
@@ -137,15 +156,14 @@ inline GenerationDefaults gguf_generation_defaults(const std::filesystem::path& 
 
 }  // namespace detail
 
-inline Tokenizer load_tokenizer(const std::filesystem::path& path) {
+QWEN3NEXT_INLINE Tokenizer load_tokenizer(const std::filesystem::path& path) {
   if (!detail::is_model_folder(path)) return detail::load_gguf_tokenizer(path);
   const std::optional<MappedFile> file = detail::open_text(path / "tokenizer.json", detail::largest_json);
   if (!file) throw_error(display(path), ": no tokenizer.json in this folder; copy it from the model's release");
   return Tokenizer::from_json(file->text(), file->name());
 }
 
-// The Jinja text; nothing if the checkpoint has none.
-inline std::optional<std::string> load_chat_template_text(const std::filesystem::path& path) {
+QWEN3NEXT_INLINE std::optional<std::string> load_chat_template_text(const std::filesystem::path& path) {
   if (!detail::is_model_folder(path)) {
     const Gguf gguf = Gguf::open(path);
     const auto text = gguf.metadata.find<std::string_view>("tokenizer.chat_template");
@@ -173,14 +191,13 @@ inline std::optional<std::string> load_chat_template_text(const std::filesystem:
   throw_error(display(file), ": chat_template is ", json_kind(*found), ", expected a string or a list");
 }
 
-// The template, recognised.  Throws if there is none or it is an unknown one.
-inline ChatTemplate load_chat_template(const std::filesystem::path& path) {
+QWEN3NEXT_INLINE ChatTemplate load_chat_template(const std::filesystem::path& path) {
   const std::optional<std::string> text = load_chat_template_text(path);
   if (!text) throw_error(display(path), ": holds no chat template; use --raw to go on without one");
   return ChatTemplate::detect(*text, display(path));
 }
 
-inline GenerationDefaults load_generation_defaults(const std::filesystem::path& path) {
+QWEN3NEXT_INLINE GenerationDefaults load_generation_defaults(const std::filesystem::path& path) {
   if (!detail::is_model_folder(path)) return detail::gguf_generation_defaults(path);
   GenerationDefaults d;
   const std::filesystem::path file = path / "generation_config.json";
@@ -207,3 +224,5 @@ inline GenerationDefaults load_generation_defaults(const std::filesystem::path& 
 }
 
 }  // namespace qwen3next
+
+#endif  // QWEN3NEXT_DEFINITIONS

@@ -9,14 +9,12 @@
 #include <utility>
 #include <vector>
 
+#include "core/linkage.hpp"
 #include "model/config.hpp"
 #include "model/weights.hpp"
-#include "weights/bind.hpp"
+#include "weights/binder.hpp"
 #include "weights/gguf.hpp"
-#include "weights/gguf_config.hpp"
-#include "weights/hf_config.hpp"
 #include "weights/mapped_file.hpp"
-#include "weights/safetensors.hpp"
 
 namespace qwen3next {
 
@@ -69,7 +67,18 @@ class Checkpoint {
   Checkpoint() = default;
 };
 
-inline Checkpoint Checkpoint::open(const std::filesystem::path& path) {
+}  // namespace qwen3next
+
+#if QWEN3NEXT_DEFINITIONS
+
+#include "weights/bind.hpp"
+#include "weights/gguf_config.hpp"
+#include "weights/hf_config.hpp"
+#include "weights/safetensors.hpp"
+
+namespace qwen3next {
+
+QWEN3NEXT_INLINE Checkpoint Checkpoint::open(const std::filesystem::path& path) {
   namespace fs = std::filesystem;
   std::error_code error;
   const fs::file_status status = fs::status(path, error);
@@ -105,3 +114,5 @@ inline Checkpoint Checkpoint::open(const std::filesystem::path& path) {
 }
 
 }  // namespace qwen3next
+
+#endif  // QWEN3NEXT_DEFINITIONS

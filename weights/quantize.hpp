@@ -7,6 +7,70 @@
 // A stream: rows are read from the mapped source, encoded by all cores into one of two buffers while the other is
 // written.  Memory does not depend on the model's size.  The output has its name only when it is complete.
 
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "blocks/dtype.hpp"
+#include "core/linkage.hpp"
+#include "weights/checkpoint.hpp"
+
+namespace qwen3next {
+
+struct QuantizeOptions {
+  std::string type = "Q4_K_M";                                // F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M
+  std::vector<std::pair<std::string, DType>> tensor_types{};  // regular expression and type, see plan_quantization
+  std::string name{};                                         // general.name; empty: the source's
+  int threads = 0;                                            // 0: all
+  bool overwrite = false;
+  bool measure = false;  // the error of each type, for the summary
+};
+
+struct QuantizeProgress {
+  std::string_view tensor;  // being worked on
+  std::size_t tensors_done = 0, tensors = 0;
+  std::uint64_t bytes_read = 0, bytes_to_read = 0;
+  std::uint64_t bytes_written = 0, bytes_to_write = 0;
+  double seconds = 0;
+};
+
+// A tensor whose rows are not whole blocks of the type that it should have.
+struct Fallback {
+  std::string name;
+  DType wanted, used;
+};
+
+struct QuantizeSummary {
+  struct PerType {
+    DType type;
+    std::size_t tensors = 0;
+    std::uint64_t elements = 0, bytes = 0;
+    std::optional<double> relative_rmse{};  // if measured: sqrt(sum (w' - w)^2 / sum w^2)
+  };
+  std::vector<PerType> types;       // those that occur
+  std::vector<Fallback> fallbacks;  // tensors that could not have the type they should
+  std::size_t requantized = 0;      // tensors that were quantised before, to another type: quality suffers twice
+  bool has_tokenizer = false;
+  std::uint64_t bytes_read = 0;  // of weights
+  std::uint64_t file_bytes = 0;
+  double seconds = 0;
+};
+
+// `progress` is called now and then from the calling thread; if it returns false, nothing is left behind and Cancelled
+// is thrown.  Throws Error if the source, the options or the disk do not allow it.  Deterministic: neither threads nor
+// batches show in the output.
+QuantizeSummary quantize(const Checkpoint& in, const std::filesystem::path& out, const QuantizeOptions& options,
+                         const std::function<bool(const QuantizeProgress&)>& progress = {});
+
+}  // namespace qwen3next
+
+#if QWEN3NEXT_DEFINITIONS
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -36,39 +100,6 @@
 #include "weights/quantize_plan.hpp"
 
 namespace qwen3next {
-
-struct QuantizeOptions {
-  std::string type = "Q4_K_M";                                // F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M
-  std::vector<std::pair<std::string, DType>> tensor_types{};  // regular expression and type, see plan_quantization
-  std::string name{};                                         // general.name; empty: the source's
-  int threads = 0;                                            // 0: all
-  bool overwrite = false;
-  bool measure = false;  // the error of each type, for the summary
-};
-
-struct QuantizeProgress {
-  std::string_view tensor;  // being worked on
-  std::size_t tensors_done = 0, tensors = 0;
-  std::uint64_t bytes_read = 0, bytes_to_read = 0;
-  std::uint64_t bytes_written = 0, bytes_to_write = 0;
-  double seconds = 0;
-};
-
-struct QuantizeSummary {
-  struct PerType {
-    DType type;
-    std::size_t tensors = 0;
-    std::uint64_t elements = 0, bytes = 0;
-    std::optional<double> relative_rmse{};  // if measured: sqrt(sum (w' - w)^2 / sum w^2)
-  };
-  std::vector<PerType> types;       // those that occur
-  std::vector<Fallback> fallbacks;  // tensors that could not have the type they should
-  std::size_t requantized = 0;      // tensors that were quantised before, to another type: quality suffers twice
-  bool has_tokenizer = false;
-  std::uint64_t bytes_read = 0;  // of weights
-  std::uint64_t file_bytes = 0;
-  double seconds = 0;
-};
 
 namespace detail {
 
@@ -344,11 +375,9 @@ inline void expect_new_file(const Checkpoint& in, const std::filesystem::path& o
 
 }  // namespace detail
 
-// `progress` is called now and then from the calling thread; if it returns false, nothing is left behind and Cancelled
-// is thrown.  Throws Error if the source, the options or the disk do not allow it.  Deterministic: neither threads nor
-// batches show in the output.
-inline QuantizeSummary quantize(const Checkpoint& in, const std::filesystem::path& out, const QuantizeOptions& options,
-                                const std::function<bool(const QuantizeProgress&)>& progress = {}) {
+QWEN3NEXT_INLINE QuantizeSummary quantize(const Checkpoint& in, const std::filesystem::path& out,
+                                          const QuantizeOptions& options,
+                                          const std::function<bool(const QuantizeProgress&)>& progress) {
   const auto start = std::chrono::steady_clock::now();
   const auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
   const Mix& mix = find_mix(options.type);
@@ -425,3 +454,5 @@ inline QuantizeSummary quantize(const Checkpoint& in, const std::filesystem::pat
 }
 
 }  // namespace qwen3next
+
+#endif  // QWEN3NEXT_DEFINITIONS

@@ -1,6 +1,8 @@
 #pragma once
 // What a GGUF written here will hold: llama.cpp's names and layouts, a type for each tensor, and the rows of the source
 // that go there.  The inverse of bind.hpp.
+//
+// A part of quantize.hpp, which includes it after what both use.
 
 #include <array>
 #include <cstdint>
@@ -90,12 +92,6 @@ struct PlannedTensor {
   std::uint64_t bytes() const noexcept {
     return static_cast<std::uint64_t>(*shape.elements() / cols()) * row_bytes(type, cols());
   }
-};
-
-// A tensor whose rows are not whole blocks of the type that it should have.
-struct Fallback {
-  std::string name;
-  DType wanted, used;
 };
 
 struct QuantizePlan {

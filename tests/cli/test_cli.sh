@@ -63,6 +63,18 @@ tokenizer["added_tokens"] = [dict(template, id=96 + i, content=n, special=n.star
 json.dump(tokenizer, open(sys.argv[2], "w"))
 PYTHON
 
+# The same without a token that could end its texts, and with room for long ones.
+cp -r toy endless
+python3 - <<'PYTHON'
+import json
+tokenizer, config = json.load(open("toy/tokenizer.json")), json.load(open("toy/config.json"))
+tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] not in ("<|endoftext|>", "<|im_end|>")]
+config["max_position_embeddings"] = 1 << 20
+config.pop("eos_token_id", None)
+json.dump(tokenizer, open("endless/tokenizer.json", "w"))
+json.dump(config, open("endless/config.json", "w"))
+PYTHON
+
 # --- usage ----------------------------------------------------------------------------------------------------------------
 
 commands='run chat inspect quantize bench perplexity logits tokenize detokenize template'
@@ -165,7 +177,7 @@ if [ -n "$first" ]; then
   check "nothing before the stop string" test ! -s out
 fi
 what="run | head -c 3"
-bash -c '"$0" run toy -p "Once upon" --temp 1 --quiet 2> err | head -c 3 > out' "$program"
+bash -c '"$0" run endless -p "Once upon" --temp 1 --quiet 2> err | head -c 3 > out' "$program"
 silent
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------------------------------
@@ -189,16 +201,16 @@ except subprocess.TimeoutExpired:
 PYTHON
   check "exit status $expected, got $(cat status)" test "$(cat status)" = "$expected"
 }
-interrupt 130 run toy -p 'Once upon' --temp 1 --stop never
+interrupt 130 run endless -p 'Once upon' --temp 1
 check "the text so far" test -s out
 says "cancelled"
 interrupt 130 run toy -n 5  # waits for a prompt
 interrupt 130 bench toy -p 0 -n 3000 -r 1000
 yes 'a long text' | head -c 4000000 > long.txt
 interrupt 130 perplexity toy long.txt
-seq -s, 1 150 | tr -d '\n' > tokens.txt
-(cat tokens.txt; for _ in $(seq 20); do printf ','; cat tokens.txt; done) > many.txt
-rm -f l.npy
+yes 'and so on' | head -c 400000 > prompt.txt
+interrupt 130 run endless -f prompt.txt -n 1  # in the middle of the prompt
+check "no text" test ! -s out
 
 # --- chat ---------------------------------------------------------------------------------------------------------------------
 
@@ -343,7 +355,6 @@ if [ -n "$bundled" ]; then
   check "a text" test "$(wc -c < out)" -gt 30
   try 0 run "$bundled" --chat -p 'Hello!' -n 30
   try 0 bench "$bundled" -p 64 -n 8 -r 1 --json
-  interrupt 130 run "$bundled" -p 'Once upon a time' --temp 1 --stop never
 fi
 
 echo "$checks checks, $failures failures"

@@ -11,6 +11,7 @@
 #include "tests/weights/fixtures.hpp"
 #include "weights/checkpoint.hpp"
 #include "weights/quantize.hpp"
+#include "weights/quantize_plan.hpp"
 
 using namespace qwen3next;
 using namespace qwen3next::test;
