@@ -68,8 +68,11 @@ class Sampler {
   // A token of the prompt: counts for the repetition penalty alone.
   void observe_prompt(std::int32_t token) { seen_.try_emplace(token, 0); }
 
-  // Chooses from logits [V]; the choice counts for later penalties.
+  // Chooses from logits [V]; the choice counts for later penalties.  Throws Error if they are not numbers.
   std::int32_t sample(std::span<const float> logits) {
+    float sum = 0;
+    for (float x : logits) sum += x;
+    if (!std::isfinite(sum)) throw Error("the model's logits are not finite: its weights are damaged");
     const std::int32_t token = penalised() ? choose(apply_penalties(logits)) : choose(logits);
     ++seen_[token];
     return token;

@@ -138,3 +138,9 @@ TEST_CASE("values out of range are refused by name") {
   CHECK_THROWS_WITH_AS(Sampler({.presence_penalty = 3}), doctest::Contains("presence_penalty"), Error);
   CHECK_THROWS_WITH_AS(Sampler({.repetition_penalty = 0}), doctest::Contains("repetition_penalty"), Error);
 }
+
+TEST_CASE("logits that are no numbers are an error, not a choice") {
+  Sampler sampler{Sampling()};
+  CHECK_THROWS_WITH_AS(sampler.sample(std::vector<float>{1, std::nanf(""), 2}), doctest::Contains("finite"), Error);
+  CHECK_THROWS_AS(sampler.sample(std::vector<float>{1, INFINITY}), Error);
+}
