@@ -77,7 +77,7 @@ inline AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path
   std::random_device random;
   for (int attempt = 0; !file_; ++attempt) {
     temporary_ = path_;
-    temporary_ += "." + std::to_string(random()) + ".part";
+    temporary_ += concat(".", random(), ".part");
     errno = 0;
     file_ = detail::create_exclusively(temporary_);
     if (!file_ && (errno != EEXIST || attempt == 8)) fail("create it", errno);
