@@ -11,9 +11,14 @@ function(qwen3next_add_cpu_kernel target isa)
   target_compile_features(${library} PRIVATE cxx_std_20)
   target_include_directories(${library} PRIVATE ${PROJECT_SOURCE_DIR})
   target_compile_definitions(${library} PRIVATE QWEN3NEXT_ISA=${isa})
-  # Optimised in every configuration: what is not inlined could leave the object (and would be slow).
-  # No contraction: each ISA rounds as the source says.
-  target_compile_options(${library} PRIVATE ${ARGN} -O3 -ffp-contract=off -fno-math-errno)
+  # Optimised in every configuration: what is not inlined could leave the object (and would be slow).  Less so under
+  # sanitizers, where GCC takes minutes for it.  No contraction: each ISA rounds as the source says.
+  if(CMAKE_CXX_FLAGS MATCHES "fsanitize")
+    set(optimise -O1)
+  else()
+    set(optimise -O3)
+  endif()
+  target_compile_options(${library} PRIVATE ${ARGN} ${optimise} -ffp-contract=off -fno-math-errno)
   set_target_properties(${library} PROPERTIES POSITION_INDEPENDENT_CODE ON)
   if(TARGET qwen3next_warnings)
     target_link_libraries(${library} PRIVATE qwen3next_warnings)
