@@ -37,11 +37,13 @@ inline double measure_read_bandwidth(int threads = 0, int passes = 7) {
   if (threads <= 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   std::size_t bytes = std::size_t{512} << 20;
 #ifdef _SC_LEVEL3_CACHE_SIZE
-  if (const long l3 = ::sysconf(_SC_LEVEL3_CACHE_SIZE); l3 > 0) bytes = std::max(bytes, 4 * static_cast<std::size_t>(l3));
+  if (const long l3 = ::sysconf(_SC_LEVEL3_CACHE_SIZE); l3 > 0)
+    bytes = std::max(bytes, 4 * static_cast<std::size_t>(l3));
 #endif
   const std::size_t share = bytes / sizeof(std::uint64_t) / static_cast<std::size_t>(threads);
   const std::size_t n = share * static_cast<std::size_t>(threads);
-  const std::unique_ptr<std::uint64_t[]> data(new std::uint64_t[n]);  // not touched yet: each thread places its own part
+  const std::unique_ptr<std::uint64_t[]> data(
+      new std::uint64_t[n]);  // not touched yet: each thread places its own part
 
   using Clock = std::chrono::steady_clock;
   std::barrier turn(threads);

@@ -118,8 +118,10 @@ class Bench {
   Result prefill(const Snapshot& from) {
     const std::int64_t n = o_.prefill, depth = from.position(), batch = SessionOptions{}.batch;
     double bytes = 0;
-    for (std::int64_t done = 0; done < n; done += batch) bytes += traffic(std::min(batch, n - done), static_cast<double>(depth + done));
-    return {"prefill", n, depth, measure(from, n, [&](const auto& input) { read(input); }), bytes / static_cast<double>(n)};
+    for (std::int64_t done = 0; done < n; done += batch)
+      bytes += traffic(std::min(batch, n - done), static_cast<double>(depth + done));
+    return {"prefill", n, depth, measure(from, n, [&](const auto& input) { read(input); }),
+            bytes / static_cast<double>(n)};
   }
 
   Result decode(const Snapshot& from) {
@@ -195,7 +197,9 @@ void add_bench(CLI::App& app) {
   command.get_option("--ctx")->description("Most tokens of a session [what -d, -p and -n need]");
   add_mtp_option(command, o->model);
   const auto count = CLI::Range(std::int64_t{0}, std::int64_t{1} << 30);
-  command.add_option("-p,--prefill", o->prefill, "Tokens to read at once; 0: leave it out")->option_text("N [512]")->check(count);
+  command.add_option("-p,--prefill", o->prefill, "Tokens to read at once; 0: leave it out")
+      ->option_text("N [512]")
+      ->check(count);
   command.add_option("-n,--decode", o->decode, "Tokens to generate one by one; 0: leave it out")
       ->option_text("N [128]")
       ->check(count);
@@ -204,16 +208,19 @@ void add_bench(CLI::App& app) {
       ->delimiter(',')
       ->allow_extra_args(false)
       ->check(count);
-  command.add_option("-r,--repeats", o->repeats, "Runs of each; the median counts")->option_text("N [3]")->check(CLI::Range(1, 1000));
+  command.add_option("-r,--repeats", o->repeats, "Runs of each; the median counts")
+      ->option_text("N [3]")
+      ->check(CLI::Range(1, 1000));
   command.add_flag("--json", o->json, "JSON instead of a table, with every run");
-  add_example(command,
-              "qwen3next bench model.gguf -p 512 -n 128 -d 0,32768 --json\n\n"
-              "Tokens are random, from a fixed seed; a file needs no tokenizer for this.  bytes_per_token counts what must be\n"
-              "moved at least: every weight that serves all tokens, the routed experts of each token, the KV cache up to\n"
-              "that depth, the DeltaNet states twice.  In prefill the weights are counted once per 512 tokens, and as many\n"
-              "experts as uniform routing would touch: E (1 - (1 - k/E)^512).  % of roof is tokens/s times bytes_per_token\n"
-              "over the read bandwidth, measured on the spot with all processors; prefill computes more than it reads, so\n"
-              "there it is low.");
+  add_example(
+      command,
+      "qwen3next bench model.gguf -p 512 -n 128 -d 0,32768 --json\n\n"
+      "Tokens are random, from a fixed seed; a file needs no tokenizer for this.  bytes_per_token counts what must be\n"
+      "moved at least: every weight that serves all tokens, the routed experts of each token, the KV cache up to\n"
+      "that depth, the DeltaNet states twice.  In prefill the weights are counted once per 512 tokens, and as many\n"
+      "experts as uniform routing would touch: E (1 - (1 - k/E)^512).  % of roof is tokens/s times bytes_per_token\n"
+      "over the read bandwidth, measured on the spot with all processors; prefill computes more than it reads, so\n"
+      "there it is low.");
   command.callback([o] { bench(*o); });
 }
 

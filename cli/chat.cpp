@@ -165,9 +165,9 @@ void add_chat(CLI::App& app) {
   add_mtp_option(command, o->model);
   command.add_option("--system", o->system, "The system message")->option_text("TEXT");
   add_sampling_options(command, o->sampling);
-  add_example(command, "qwen3next chat model.gguf --system 'You are brief.'\n\nWhile talking:\n" +
-                           std::string(commands_help) +
-                           "Each line is a message.  Reasoning is shown dim.  With input from a pipe it answers line by line.");
+  add_example(command,
+              "qwen3next chat model.gguf --system 'You are brief.'\n\nWhile talking:\n" + std::string(commands_help) +
+                  "Each line is a message.  Reasoning is shown dim.  With input from a pipe it answers line by line.");
   command.callback([o] { chat(*o); });
 }
 

@@ -66,7 +66,8 @@ inline void add_model_options(CLI::App& command, ModelOptions& o) {
 
 // The timeline's options.
 inline void add_session_options(CLI::App& command, ModelOptions& o) {
-  command.add_option("--ctx", o.context, "Most tokens of prompt and answer; memory grows as needed [the model's length]")
+  command
+      .add_option("--ctx", o.context, "Most tokens of prompt and answer; memory grows as needed [the model's length]")
       ->option_text("N")
       ->check(CLI::PositiveNumber)
       ->group("Computing");
@@ -142,9 +143,12 @@ inline std::string read_stdin(std::string_view what) {
 inline std::string read_text(const std::string& path, std::string_view what) {
   if (path == "-") return read_stdin(what);
   std::error_code error;
-  if (std::filesystem::is_directory(path, error)) throw Error(path + ": is a folder, expected a file with " + std::string(what));
+  if (std::filesystem::is_directory(path, error))
+    throw Error(path + ": is a folder, expected a file with " + std::string(what));
   std::ifstream in(path, std::ios::binary);
-  if (!in) throw Error(path + ": cannot be opened (" + std::generic_category().message(errno) + "); expected " + std::string(what));
+  if (!in)
+    throw Error(path + ": cannot be opened (" + std::generic_category().message(errno) + "); expected " +
+                std::string(what));
   return read_all(in, path);
 }
 

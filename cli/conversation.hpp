@@ -48,7 +48,8 @@ class Conversation {
       if (!m.is_object() || !m.contains("role") || !m["role"].is_string()) fail(which + "has no role");
       const std::string role = m["role"];
       if (role != "user" && role != "assistant" && role != "tool" && !(role == "system" && i == 0)) {
-        fail(which + "has the role \"" + excerpt(role) + "\", expected user, assistant, tool, or system at the beginning");
+        fail(which + "has the role \"" + excerpt(role) +
+             "\", expected user, assistant, tool, or system at the beginning");
       }
       if (!m.contains("content") || !m["content"].is_string()) fail(which + "has no text as its content");
     }

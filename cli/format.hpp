@@ -23,7 +23,11 @@ inline std::string bytes_text(double bytes) {
   const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
   int unit = 0;
   for (; bytes >= 1000 && unit < 4; ++unit) bytes /= 1024;  // 0.98 MiB rather than 1004 KiB
-  return format(unit == 0 ? "%.0f %s" : bytes < 10 ? "%.2f %s" : bytes < 100 ? "%.1f %s" : "%.0f %s", bytes, units[unit]);
+  return format(unit == 0     ? "%.0f %s"
+                : bytes < 10  ? "%.2f %s"
+                : bytes < 100 ? "%.1f %s"
+                              : "%.0f %s",
+                bytes, units[unit]);
 }
 inline std::string bytes_text(std::uint64_t bytes) { return bytes_text(static_cast<double>(bytes)); }
 

@@ -94,8 +94,8 @@ class StreamedText {
   bool at_line_start_ = true;
 };
 
-// Shows the events of an answer: reasoning dim on the terminal (never in a file or pipe), content as it comes, tool calls
-// as lines of JSON.
+// Shows the events of an answer: reasoning dim on the terminal (never in a file or pipe), content as it comes, tool
+// calls as lines of JSON.
 class AnswerPrinter {
  public:
   // Content goes to stdout.  Reasoning goes where a person looks: to stdout, or to stderr if only that is a terminal.

@@ -76,9 +76,9 @@ TextSide inspect_text(const std::string& path) {
   }
   try {
     const std::optional<std::string> jinja = load_chat_template_text(path);
-    text.chat_template = !jinja                                                                      ? "none"
+    text.chat_template = !jinja                                                                           ? "none"
                          : ChatTemplate::detect(*jinja, "chat template").kind() == TemplateKind::thinking ? "thinking"
-                                                                                                     : "instruct";
+                                                                                                          : "instruct";
   } catch (const Error& e) {
     text.chat_template = std::string("unknown: ") + e.what();
   }
@@ -149,11 +149,8 @@ void print_json(const Findings& f) {
     json["files"].push_back({{"path", file.name()}, {"bytes", file.size()}});
   }
   for (const TensorGroup& g : f.tensors) {
-    json["tensor_groups"].push_back({{"name", g.name},
-                                     {"type", g.type},
-                                     {"shape", g.shape.span()},
-                                     {"count", g.count},
-                                     {"bytes", g.bytes}});
+    json["tensor_groups"].push_back(
+        {{"name", g.name}, {"type", g.type}, {"shape", g.shape.span()}, {"count", g.count}, {"bytes", g.bytes}});
   }
   for (const TensorRecord& r : f.checkpoint.records) {
     json["tensors"].push_back({{"name", r.name},
@@ -181,7 +178,9 @@ void print_json(const Findings& f) {
 void print_text(const Findings& f, const std::string& kv) {
   const Style style(stdout);
   const Config& c = f.checkpoint.config;
-  const auto heading = [&](const std::string& text) { std::cout << "\n" << style.bold() << text << style.reset() << "\n"; };
+  const auto heading = [&](const std::string& text) {
+    std::cout << "\n" << style.bold() << text << style.reset() << "\n";
+  };
   const auto line = [&](const std::string& name, const std::string& value, const std::string& note = "") {
     std::cout << "  " << name << std::string(name.size() < 34 ? 34 - name.size() : 1, ' ') << value << style.dim()
               << (note.empty() ? "" : "  " + note) << style.reset() << "\n";
@@ -193,10 +192,13 @@ void print_text(const Findings& f, const std::string& kv) {
   heading("Config");
   for (const auto& [name, value] : config_numbers(c)) line(name, format("%.10g", value));
   const auto full = std::count(c.layer_types.begin(), c.layer_types.end(), LayerType::full_attention);
-  line("layers", concat(static_cast<std::int64_t>(c.layer_types.size()) - full, " Gated DeltaNet, ", full, " gated attention"));
+  line("layers",
+       concat(static_cast<std::int64_t>(c.layer_types.size()) - full, " Gated DeltaNet, ", full, " gated attention"));
   line("norm_topk_prob", c.norm_topk_prob ? "true" : "false");
   line("tie_word_embeddings", c.tie_word_embeddings ? "true" : "false");
-  if (c.yarn) line("YaRN", format("factor %g over %lld", c.yarn->factor, static_cast<long long>(c.yarn->original_max_position_embeddings)));
+  if (c.yarn)
+    line("YaRN", format("factor %g over %lld", c.yarn->factor,
+                        static_cast<long long>(c.yarn->original_max_position_embeddings)));
   line("MTP head", c.has_mtp ? "yes" : "no");
 
   heading("Text");
@@ -205,7 +207,8 @@ void print_text(const Findings& f, const std::string& kv) {
 
   heading("Tensors");
   const auto total = static_cast<double>(f.checkpoint.weight_bytes());
-  std::cout << style.dim() << format("  %6s %-8s %-22s %10s %7s  %s\n", "count", "type", "shape", "bytes", "share", "name")
+  std::cout << style.dim()
+            << format("  %6s %-8s %-22s %10s %7s  %s\n", "count", "type", "shape", "bytes", "share", "name")
             << style.reset();
   for (const TensorGroup& g : f.tensors) {
     std::cout << format("  %6lld %-8s %-22s %10s %6.2f%%  ", static_cast<long long>(g.count), g.type.c_str(),
@@ -231,8 +234,8 @@ void inspect(const InspectOptions& o) {
   const Checkpoint checkpoint = Checkpoint::open(o.path);
   const std::int64_t longest = checkpoint.config.max_position_embeddings;
   if (o.context > longest) throw_error("--ctx is ", o.context, ", expected at most ", longest, ", this model's length");
-  Findings f{checkpoint, group(checkpoint.records), group(checkpoint.copies), inspect_text(o.path),
-             o.context ? o.context : longest, {}};
+  Findings f{checkpoint,           group(checkpoint.records),       group(checkpoint.copies),
+             inspect_text(o.path), o.context ? o.context : longest, {}};
   f.plan = plan_session(checkpoint.config, *kv_type(o.kv), f.context, SessionOptions{}.batch);
   f.plan.weights_mapped = checkpoint.weight_bytes();
   f.plan.weights_copied = checkpoint.copied_bytes();
@@ -252,7 +255,9 @@ void add_inspect(CLI::App& app) {
       ->option_text("TYPE [f16]")
       ->check(CLI::IsMember({"f16", "f32", "q8_0"}));
   command.add_flag("--json", o->json, "All of it as JSON, every tensor included");
-  add_example(command, "qwen3next inspect model.gguf --ctx 32768\n\nOpens and checks the files as running would, but computes nothing.");
+  add_example(
+      command,
+      "qwen3next inspect model.gguf --ctx 32768\n\nOpens and checks the files as running would, but computes nothing.");
   command.callback([o] { inspect(*o); });
 }
 

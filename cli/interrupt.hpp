@@ -42,7 +42,8 @@ inline void stop_if_interrupted() {
 inline void catch_interrupts() {
   std::signal(SIGINT, detail::on_interrupt);
 #ifdef SIGPIPE
-  std::signal(SIGPIPE, SIG_DFL);  // whoever reads our output has had enough: end quietly, even if started with it ignored
+  std::signal(SIGPIPE,
+              SIG_DFL);  // whoever reads our output has had enough: end quietly, even if started with it ignored
 #endif
 }
 

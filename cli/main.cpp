@@ -111,9 +111,9 @@ int run_program(int argc, char** argv) {
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return app.exit(e);  // --help and --version
     const auto parsed = app.get_subcommands();
-    return report(std::string(e.what()) + " (see qwen3next " + (parsed.empty() ? "" : parsed[0]->get_name() + " ") +
-                      "--help)",
-                  2);
+    return report(
+        std::string(e.what()) + " (see qwen3next " + (parsed.empty() ? "" : parsed[0]->get_name() + " ") + "--help)",
+        2);
   } catch (const Cancelled&) {
     std::cout.flush();
     return exit_interrupted;

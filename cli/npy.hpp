@@ -25,7 +25,8 @@ class NpyWriter {
     head += static_cast<char>(dict.size() & 255);
     head += static_cast<char>(dict.size() >> 8);
     head += dict;
-    file_.expect_room(head.size() + static_cast<std::uint64_t>(rows) * static_cast<std::uint64_t>(cols) * sizeof(float));
+    file_.expect_room(head.size() +
+                      static_cast<std::uint64_t>(rows) * static_cast<std::uint64_t>(cols) * sizeof(float));
     file_.write(std::as_bytes(std::span(head)));
   }
   void write(std::span<const float> row) { file_.write(std::as_bytes(row)); }

@@ -55,14 +55,10 @@ void perplexity(const PerplexityOptions& o) {
   const double nll = sum / n, seconds = seconds_since(start);
   const double variance = std::max(0., sum_of_squares / n - nll * nll);
   progress.clear();
-  ordered_json result{{"nll", nll},
-                      {"ppl", std::exp(nll)},
-                      {"tokens", scored},
-                      {"nll_error", std::sqrt(variance / n)},
-                      {"windows", windows},
-                      {"ctx", options.context},
-                      {"seconds", seconds},
-                      {"tokens_per_second", static_cast<double>(tokens.size()) / seconds}};
+  ordered_json result{{"nll", nll},         {"ppl", std::exp(nll)},
+                      {"tokens", scored},   {"nll_error", std::sqrt(variance / n)},
+                      {"windows", windows}, {"ctx", options.context},
+                      {"seconds", seconds}, {"tokens_per_second", static_cast<double>(tokens.size()) / seconds}};
   std::cout << result.dump() << "\n";
 }
 
@@ -76,11 +72,12 @@ void add_perplexity(CLI::App& app) {
   add_session_options(command, o->model);
   command.get_option("--ctx")->description("Tokens of a window [2048, or the model's length if that is less]");
   command.add_flag("-q,--quiet", o->quiet, "No progress on stderr");
-  add_example(command,
-              "qwen3next perplexity model.gguf text.txt --ctx 4096\n\n"
-              "The text is cut into windows of --ctx tokens; in each the model starts anew, and each token but the first is\n"
-              "scored.  Prints JSON: nll (mean, in nats per token), ppl = exp(nll), tokens (scored), nll_error (standard\n"
-              "error of nll), windows, ctx, seconds, tokens_per_second.");
+  add_example(
+      command,
+      "qwen3next perplexity model.gguf text.txt --ctx 4096\n\n"
+      "The text is cut into windows of --ctx tokens; in each the model starts anew, and each token but the first is\n"
+      "scored.  Prints JSON: nll (mean, in nats per token), ppl = exp(nll), tokens (scored), nll_error (standard\n"
+      "error of nll), windows, ctx, seconds, tokens_per_second.");
   command.callback([o] { perplexity(*o); });
 }
 

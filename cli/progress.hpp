@@ -47,9 +47,7 @@ class Progress {
     if (std::exchange(drawn_, false)) std::cerr << "\r\x1b[K" << std::flush;
   }
 
-  double seconds() const {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-  }
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
 
  private:
   std::string amount(std::int64_t n) const {

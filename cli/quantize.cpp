@@ -57,8 +57,8 @@ void summarise(const Checkpoint& in, const QuantizeCommand& o, const QuantizeSum
   if (!s.fallbacks.empty()) {
     const Fallback& f = s.fallbacks.front();
     std::cerr << "  " << s.fallbacks.size() << " tensors have rows that are not whole blocks of their type: " << f.name
-              << " is " << info(f.used).name << ", not " << info(f.wanted).name << (s.fallbacks.size() > 1 ? ", ..." : "")
-              << "\n";
+              << " is " << info(f.used).name << ", not " << info(f.wanted).name
+              << (s.fallbacks.size() > 1 ? ", ..." : "") << "\n";
   }
   if (s.requantized > 0) {
     std::cerr << "  " << s.requantized << " tensors were quantised before: from BF16 the result would be better\n";

@@ -110,11 +110,12 @@ void add_run(CLI::App& app) {
       ->excludes(chat);
   command.add_flag("-q,--quiet", o->quiet, "No progress, no timing line on stderr");
   add_sampling_options(command, o->sampling);
-  add_example(command,
-              "qwen3next run model.gguf -p 'Once upon a time' -n 200\n"
-              "  qwen3next run model.gguf --chat --temp 0 < question.txt > answer.txt\n\n"
-              "Only what the model says goes to stdout.  On a terminal the prompt is shown before it, dimmed, and so is\n"
-              "the reasoning of a Thinking model; elsewhere both are left out.  Ctrl-C ends the text after the next token.");
+  add_example(
+      command,
+      "qwen3next run model.gguf -p 'Once upon a time' -n 200\n"
+      "  qwen3next run model.gguf --chat --temp 0 < question.txt > answer.txt\n\n"
+      "Only what the model says goes to stdout.  On a terminal the prompt is shown before it, dimmed, and so is\n"
+      "the reasoning of a Thinking model; elsewhere both are left out.  Ctrl-C ends the text after the next token.");
   command.callback([o] { run(*o); });
 }
 

@@ -33,10 +33,11 @@ void add_template(CLI::App& app) {
       ->required()
       ->option_text(" ");
   command.add_flag("--no-generation-prompt", o->no_generation_prompt, "End after the last message");
-  add_example(command,
-              "echo '{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}' | qwen3next template model.gguf\n\n"
-              "Messages are OpenAI's: role, content, tool_calls; \"tools\" may stand beside \"messages\", and a bare list\n"
-              "of messages will do.  The prompt is printed to the byte, without a line break at the end.");
+  add_example(
+      command,
+      "echo '{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}' | qwen3next template model.gguf\n\n"
+      "Messages are OpenAI's: role, content, tool_calls; \"tools\" may stand beside \"messages\", and a bare list\n"
+      "of messages will do.  The prompt is printed to the byte, without a line break at the end.");
   command.callback([o] { render(*o); });
 }
 

@@ -31,8 +31,8 @@ void detokenize(const std::string& path) {
     // Ids that the model has, but its tokenizer gives no meaning to, are fine and stand for nothing.
     const bool fits = value.is_number_integer() && value.get<double>() >= 0 && value.get<double>() <= INT32_MAX;
     if (!fits) {
-      throw_error("standard input: element ", ids.size(), " is ", excerpt(dump_python(value)), ", expected a token id, 0..",
-                  tokenizer.size() - 1);
+      throw_error("standard input: element ", ids.size(), " is ", excerpt(dump_python(value)),
+                  ", expected a token id, 0..", tokenizer.size() - 1);
     }
     ids.push_back(value.get<std::int32_t>());
   }
@@ -54,7 +54,8 @@ void add_detokenize(CLI::App& app) {
   auto path = std::make_shared<std::string>();
   CLI::App& command = *app.add_subcommand("detokenize", "A JSON array of token ids on stdin to their text");
   command.add_option("MODEL", *path, text_model_help)->required()->option_text(" ");
-  add_example(command, "echo '[9707, 1879]' | qwen3next detokenize model.gguf\n\nThe bytes of the tokens, nothing added.");
+  add_example(command,
+              "echo '[9707, 1879]' | qwen3next detokenize model.gguf\n\nThe bytes of the tokens, nothing added.");
   command.callback([path] { detokenize(*path); });
 }
 

@@ -1,7 +1,7 @@
 // A sampling loop of one's own: tokens in, logits out.   embed MODEL
 //
-// Reads a beginning once, keeps a snapshot of what the model then knows, and continues it twice from there: once with the
-// most probable token each time, once with a token drawn among the three best.
+// Reads a beginning once, keeps a snapshot of what the model then knows, and continues it twice from there: once with
+// the most probable token each time, once with a token drawn among the three best.
 
 #include <algorithm>
 #include <iostream>
@@ -19,9 +19,10 @@ std::vector<std::int32_t> best_tokens(std::span<const float> logits, std::size_t
   std::vector<std::int32_t> ids(logits.size());
   for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::int32_t>(i);
   k = std::min(k, ids.size());
-  std::partial_sort(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(k), ids.end(), [&](std::int32_t a, std::int32_t b) {
-    return logits[static_cast<std::size_t>(a)] > logits[static_cast<std::size_t>(b)];
-  });
+  std::partial_sort(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(k), ids.end(),
+                    [&](std::int32_t a, std::int32_t b) {
+                      return logits[static_cast<std::size_t>(a)] > logits[static_cast<std::size_t>(b)];
+                    });
   ids.resize(k);
   return ids;
 }

@@ -9,7 +9,8 @@ int main(int argc, char** argv) try {
   auto session = model.session();
   auto options = session.default_options();
   options.max_tokens = 100;
-  session.generate("Once upon a time", [](std::string_view s) { return bool(std::cout << s << std::flush); }, options);
+  session.generate(
+      "Once upon a time", [](std::string_view s) { return bool(std::cout << s << std::flush); }, options);
 } catch (const qwen3next::Error& e) {
   std::cerr << e.what() << "\n";
   return 1;

@@ -43,7 +43,9 @@ inline LayerBytes layer_bytes(const LayerWeights<Views>& layer) {
   struct Count {
     LayerBytes sum;
     void operator()(const WeightView& w, NoWeights::Nothing) { sum.dense += static_cast<double>(w.bytes()); }
-    void operator()(const VectorView& v, NoWeights::Nothing) { sum.dense += static_cast<double>(v.size) * sizeof(float); }
+    void operator()(const VectorView& v, NoWeights::Nothing) {
+      sum.dense += static_cast<double>(v.size) * sizeof(float);
+    }
     void operator()(const ExpertViews& experts, NoWeights::Nothing) {
       double bytes = 0;
       for (const ExpertView& e : experts) bytes += static_cast<double>(e.gate.bytes() + e.up.bytes() + e.down.bytes());
@@ -57,8 +59,8 @@ inline LayerBytes layer_bytes(const LayerWeights<Views>& layer) {
 
 }  // namespace detail
 
-// A pass of `tokens` new tokens after `depth` others, of one sequence; logits are computed for one of them.  A mean over
-// several passes may be asked for: everything is linear in `depth`.  The MTP head takes no part.
+// A pass of `tokens` new tokens after `depth` others, of one sequence; logits are computed for one of them.  A mean
+// over several passes may be asked for: everything is linear in `depth`.  The MTP head takes no part.
 inline Traffic pass_traffic(const Config& c, const ModelWeights<Views>& w, KvType kv, double tokens, double depth) {
   Traffic t;
   t.dense = tokens * static_cast<double>(w.embed_tokens.row_bytes()) + static_cast<double>(w.lm_head.bytes()) +

@@ -40,9 +40,9 @@ TEST_CASE("bytes of a decoded token") {
   const Toy toy;
   const Traffic t = pass_traffic(toy.c, toy.w, KvType::f16, 1, 1000);
   CHECK(t.dense == 2 * (8 + 100 * 8 + 8 * 10 + 8 * 64) + 4 * (8 + 8 + 8));  // one row of the embedding; norms are F32
-  CHECK(t.experts == doctest::Approx(2 * 2 * (2 * 3 * 6 * 8)));              // top 2 in 2 layers
-  CHECK(t.kv_cache == 1001 * 2 * (2 * 2 * 16));                              // one attention layer; not the MTP layer's
-  CHECK(t.states == 2 * 4 * (2 * 3 * 5 + 3 * (2 * 3 + 10)));                 // read and written; S and three columns
+  CHECK(t.experts == doctest::Approx(2 * 2 * (2 * 3 * 6 * 8)));             // top 2 in 2 layers
+  CHECK(t.kv_cache == 1001 * 2 * (2 * 2 * 16));                             // one attention layer; not the MTP layer's
+  CHECK(t.states == 2 * 4 * (2 * 3 * 5 + 3 * (2 * 3 + 10)));                // read and written; S and three columns
   CHECK(t.total() == doctest::Approx(t.dense + t.experts + t.kv_cache + t.states));
 }
 
