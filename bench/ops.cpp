@@ -71,7 +71,7 @@ void read_bandwidth(State& state) {
   const cpu::Team team(static_cast<int>(state.range(0)));
   std::atomic<std::uint64_t> sink{0};
   for (auto _ : state) {
-    team.run([&](int thread, int threads) {
+    team.run(cpu::Team::worth_sharing, [&](int thread, int threads) {
       const std::size_t part = large / static_cast<std::size_t>(threads) / 512 * 512;
       const std::byte* p = data + part * static_cast<std::size_t>(thread);
       std::uint64_t sum[64] = {};

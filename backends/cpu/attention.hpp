@@ -29,7 +29,10 @@ class Attention {
                                     rows_ * (2 * row + (block + 3) * sizeof(float)) + block * row);
     // Of each split: for each row l, m, then o [D].
     partial_ = partial_scratch_.pieces(partials_, rows_ * (row + 2 * sizeof(float)));
-    team.each(static_cast<int>(work_.size()), [&](int i, int thread) {
+    std::int64_t positions = 0;
+    for (const Work& w : work_) positions += (w.last - w.first) * block * w.count;
+    const auto pieces = static_cast<int>(work_.size());
+    team.each(pieces, 2 * positions * group * D / std::max(1, pieces), [&](int i, int thread) {
       piece(k, out, q, shape, segments, work_[static_cast<std::size_t>(i)], spaces_[thread]);
     });
     if (partials_ > 0) merge(k, team, out, shape, segments);
@@ -167,7 +170,7 @@ class Attention {
   void merge(const Kernels& k, const Team& team, const HostTensor& out, AttentionShape shape,
              std::span<const Segment<HostKvCache>> segments) const {
     const int D = shape.head_dim, group = shape.heads / shape.kv_heads;
-    team.each(static_cast<int>(work_.size()), [&](int i, int) {
+    team.each(static_cast<int>(work_.size()), std::int64_t{max_splits} * D, [&](int i, int) {
       const Work& w = work_[static_cast<std::size_t>(i)];
       if (w.splits < 2) return;
       const auto& segment = segments[static_cast<std::size_t>(w.segment)];

@@ -112,7 +112,9 @@ class CpuBackend {
     const cpu::Scratch::Pieces space =
         delta_scratch_.pieces(static_cast<std::size_t>(team_.size()), sizeof(float) * (qk + k_->delta_scratch(Dk, Dv)));
     const float scale = 1 / std::sqrt(static_cast<float>(Dk));
-    team_.each(static_cast<int>(segments.size()) * Hv, [&](int item, int thread) {
+    const std::int64_t head_work =
+        std::int64_t{4} * qkv.n_rows / std::max(1, static_cast<int>(segments.size())) * Dk * Dv;
+    team_.each(static_cast<int>(segments.size()) * Hv, head_work, [&](int item, int thread) {
       const auto& s = segments[static_cast<std::size_t>(item / Hv)];
       const int h = item % Hv, key_head = h / (Hv / Hk);
       auto* q = reinterpret_cast<float*>(space[thread]);

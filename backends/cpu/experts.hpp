@@ -35,7 +35,8 @@ class ExpertLayer {
       const std::size_t bytes = (job.expert->gate.row_bytes() + job.expert->up.row_bytes()) * row_unit;
       shares_.add(width, row_unit, static_cast<std::int64_t>(bytes) * (8 + job.count));
     }
-    team.run([&](int thread, int threads) {
+    const std::int64_t down_work = static_cast<std::int64_t>(pairs) * width * D;
+    team.run(2 * down_work, [&](int thread, int threads) {
       const Workspace space = workspaces_[thread];
       shares_.mine(thread, threads, [&](int i, int begin, int end) {
         const Job& job = jobs_[static_cast<std::size_t>(i)];
@@ -59,7 +60,7 @@ class ExpertLayer {
     if (const unsigned kinds = kinds_of(k, &ExpertView::down)) h_.prepare(k, team, h, width, pairs, width, kinds);
     const Input hidden{&h_, h, width, width};
     const int H = out.n_cols, units = (H + row_unit - 1) / row_unit;
-    team.run([&](int thread, int threads) {
+    team.run(down_work, [&](int thread, int threads) {
       const int first = units * thread / threads * row_unit,
                 last = std::min(units * (thread + 1) / threads * row_unit, H);
       if (first >= last) return;

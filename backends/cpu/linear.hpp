@@ -123,13 +123,15 @@ class Linear {
       quantized_.prepare(k, team, x.data, x.stride, T, D, kinds);
 
     shares_.clear();
+    std::int64_t work = 0;
     for (const Item& item : items) {
+      work += static_cast<std::int64_t>(item.weight.rows) * D * T;
       const int unit = strips ? k.lanes : 4;
       shares_.add(item.weight.rows, unit, static_cast<std::int64_t>(item.weight.row_bytes()) * unit);
     }
     const Scratch::Pieces strip =
         strip_scratch_.pieces(static_cast<std::size_t>(team.size()), any_quantised && strips ? k.strip_bytes(D) : 0);
-    team.run([&](int thread, int threads) {
+    team.run(work, [&](int thread, int threads) {
       shares_.mine(thread, threads, [&](int i, int begin, int end) {
         const Item& item = items[static_cast<std::size_t>(i)];
         if (!info(item.weight.type).quantised)
@@ -150,7 +152,7 @@ class Linear {
     const auto rows = static_cast<std::size_t>(k.max_panel);
     const Scratch::Pieces row =
         row_scratch_.pieces(static_cast<std::size_t>(team.size()) * rows, quantized_row_bytes(D));
-    team.each(panels.count, [&](int p, int thread) {
+    team.each(panels.count, std::int64_t{16} * k.max_panel * D, [&](int p, int thread) {
       const std::byte* pointers[64];
       for (int t = 0; t < panels.width(p); ++t) {
         std::byte* quantized = row[static_cast<std::size_t>(thread) * rows + static_cast<std::size_t>(t)];
