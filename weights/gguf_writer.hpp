@@ -26,14 +26,16 @@ namespace qwen3next {
 //   out.write(bytes);                                           ... of all tensors, in order, in pieces of any size
 //   out.finish();                                               // now the file exists
 //
-// Tensors begin at multiples of 4096 bytes, so that they can be read around the page cache.
+// The layout is GGUF's default: each tensor begins where the one before ends, rounded up to 32 bytes, and there is no
+// general.alignment (llama-quantize copies it but pads with 32, and llama.cpp then refuses the file).  Yet the data as
+// a whole begins at a multiple of 4096 bytes of the file, to be read around the page cache: general.padding, a string
+// of spaces, fills the header up.  So tensors whose sizes are multiples of 4096 are aligned to it too, if added first.
 class GgufWriter {
  public:
-  static constexpr std::uint64_t alignment = 4096;
+  static constexpr std::uint64_t alignment = 32;         // of each tensor
+  static constexpr std::uint64_t data_alignment = 4096;  // of the first
 
-  explicit GgufWriter(std::filesystem::path path) : file_(std::move(path)) {
-    set_u32("general.alignment", static_cast<std::uint32_t>(alignment));
-  }
+  explicit GgufWriter(std::filesystem::path path) : file_(std::move(path)) {}
 
   // Metadata.  Setting a key again replaces its value.
   void set_u16(std::string_view key, std::uint16_t value) { set(key, GgufType::u16, bytes_of(value)); }
@@ -58,9 +60,9 @@ class GgufWriter {
     for (const bool value : values) out += value ? '\1' : '\0';
     set(key, GgufType::array, std::move(out));
   }
-  // As another file has it.
+  // As another file has it; what describes that file's layout is left out.
   void copy(const GgufKv& kv) {
-    if (kv.key == "general.alignment") return;  // this file's own
+    if (kv.key == "general.alignment" || kv.key == padding_key) return;
     set(kv.key, kv.type, {reinterpret_cast<const char*>(kv.value.data()), kv.value.size()});
   }
 
@@ -77,6 +79,8 @@ class GgufWriter {
   const std::filesystem::path& path() const noexcept { return file_.path(); }
 
  private:
+  static constexpr std::string_view padding_key = "general.padding";
+
   struct Tensor {
     std::string name;
     Shape shape;
@@ -92,7 +96,9 @@ class GgufWriter {
   static std::string array_head(GgufType element, std::size_t count) {
     return bytes_of(static_cast<std::uint32_t>(element)) + bytes_of(std::uint64_t{count});
   }
-  static std::uint64_t padding(std::uint64_t position) { return (alignment - position % alignment) % alignment; }
+  static std::uint64_t padding(std::uint64_t position, std::uint64_t to = alignment) {
+    return (to - position % to) % to;
+  }
 
   void set(std::string_view key, GgufType type, std::string value) {
     value.insert(0, bytes_of(static_cast<std::uint32_t>(type)));
@@ -104,6 +110,8 @@ class GgufWriter {
     }
     kvs_.emplace_back(key, std::move(value));
   }
+
+  std::string header() const;
 
   void pad() {
     static constexpr std::array<std::byte, alignment> zeros{};
@@ -130,21 +138,28 @@ inline void GgufWriter::add_tensor(std::string name, const Shape& shape, DType t
   tensors_.push_back({std::move(name), shape, type, bytes});
 }
 
-inline void GgufWriter::begin() {
-  std::string head = "GGUF" + bytes_of(std::uint32_t{3}) + bytes_of(std::uint64_t{tensors_.size()}) +
-                     bytes_of(std::uint64_t{kvs_.size()});
-  for (const auto& [key, value] : kvs_) head += encoded(key) + value;
+inline std::string GgufWriter::header() const {
+  std::string out = "GGUF" + bytes_of(std::uint32_t{3}) + bytes_of(std::uint64_t{tensors_.size()}) +
+                    bytes_of(std::uint64_t{kvs_.size()});
+  for (const auto& [key, value] : kvs_) out += encoded(key) + value;
   std::uint64_t offset = 0;
   for (const Tensor& tensor : tensors_) {
-    head += encoded(tensor.name) + bytes_of(static_cast<std::uint32_t>(tensor.shape.rank));
-    for (int i = tensor.shape.rank; i-- > 0;) head += bytes_of(tensor.shape[i]);
-    head += bytes_of(info(tensor.type).ggml_id) + bytes_of(offset);
+    out += encoded(tensor.name) + bytes_of(static_cast<std::uint32_t>(tensor.shape.rank));
+    for (int i = tensor.shape.rank; i-- > 0;) out += bytes_of(tensor.shape[i]);
+    out += bytes_of(info(tensor.type).ggml_id) + bytes_of(offset);
     offset += tensor.bytes + padding(tensor.bytes);
   }
-  size_ = head.size() + padding(head.size()) + offset;
+  return out;
+}
+
+inline void GgufWriter::begin() {
+  set_string(padding_key, "");
+  set_string(padding_key, std::string(static_cast<std::size_t>(padding(header().size(), data_alignment)), ' '));
+  const std::string head = header();
+  size_ = head.size();
+  for (const Tensor& tensor : tensors_) size_ += tensor.bytes + padding(tensor.bytes);
   file_.expect_room(size_);
   file_.write(std::as_bytes(std::span(head)));
-  pad();
   begun_ = true;
 }
 

@@ -138,7 +138,6 @@ inline bool set_tokenizer(GgufWriter& out, const std::filesystem::path& folder, 
   std::error_code ignored;
   if (!std::filesystem::exists(folder / "tokenizer.json", ignored)) {
     out.set_string("tokenizer.ggml.model", "none");
-    out.set_u32(GgufFields::full("vocab_size"), static_cast<std::uint32_t>(config.vocab_size));
     return false;
   }
   const Tokenizer tokenizer = load_tokenizer(folder);
@@ -189,7 +188,6 @@ inline bool set_metadata(GgufWriter& out, const Checkpoint& in, const QuantizeOp
       if (!kv.key.starts_with(own) && !kv.key.starts_with("split.") && !kv.key.starts_with("quantize.")) out.copy(kv);
     }
     has_tokenizer = in.metadata.has("tokenizer.ggml.tokens");
-    if (!has_tokenizer) out.set_u32(own + "vocab_size", static_cast<std::uint32_t>(in.config.vocab_size));
   } else {
     const GenerationDefaults defaults = load_generation_defaults(in.path);
     out.set_string("general.name", folder_name(in.path));
@@ -199,6 +197,7 @@ inline bool set_metadata(GgufWriter& out, const Checkpoint& in, const QuantizeOp
   if (!options.name.empty()) out.set_string("general.name", options.name);
   out.set_u32("general.file_type", mix.file_type);
   out.set_u32("general.quantization_version", 2);
+  if (!has_tokenizer) out.set_u32(GgufFields::full("vocab_size"), static_cast<std::uint32_t>(in.config.vocab_size));
   set_gguf_config(out, in.config);
   return has_tokenizer;
 }

@@ -4,6 +4,7 @@
 //
 // A part of quantize.hpp, which includes it after what both use.
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -19,6 +20,7 @@
 #include "core/message.hpp"
 #include "model/config.hpp"
 #include "model/weights.hpp"
+#include "weights/gguf_writer.hpp"
 #include "weights/tensor_record.hpp"
 
 namespace qwen3next {
@@ -123,6 +125,9 @@ class QuantizePlanner {
     for (const Override& o : overrides_) {
       if (!o.used) throw_error("tensor type pattern '", printable(o.pattern), "' matches no matrix of the model");
     }
+    // Those that keep their successor aligned first, so that they, stacked experts above all, are aligned themselves.
+    std::ranges::stable_partition(plan_.tensors,
+                                  [](const PlannedTensor& t) { return t.bytes() % GgufWriter::data_alignment == 0; });
     return std::move(plan_);
   }
 
