@@ -43,12 +43,16 @@ struct AttentionShape {
 // How the keys and values of past positions are kept.
 enum class KvType : std::uint8_t { f16, f32, q8_0 };
 
+constexpr DType stored_type(KvType type) noexcept {
+  return type == KvType::f32 ? DType::f32 : type == KvType::f16 ? DType::f16 : DType::q8_0;
+}
+
 template <class B>
 concept BackendOps = requires(B& be, typename B::Tensor t, const typename B::Weight& w, const typename B::Vector& v,
-                           const typename B::Experts& e, typename B::Routing& routing,
-                           std::span<const Segment<typename B::DeltaState>> delta,
-                           std::span<const Segment<typename B::KvCache>> kv, std::span<const std::int32_t> tokens,
-                           std::span<const double> frequency, DeltaShape ds, AttentionShape as, int n, float f) {
+                              const typename B::Experts& e, typename B::Routing& routing,
+                              std::span<const Segment<typename B::DeltaState>> delta,
+                              std::span<const Segment<typename B::KvCache>> kv, std::span<const std::int32_t> tokens,
+                              std::span<const double> frequency, DeltaShape ds, AttentionShape as, int n, float f) {
   // Memory.  Tensors live as long as the instance; states are values: a copy is a snapshot.
   { be.tensor(n, n) } -> std::same_as<typename B::Tensor>;    // [rows, cols]
   { be.routing(n, n) } -> std::same_as<typename B::Routing>;  // [rows, experts per token]

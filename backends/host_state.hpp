@@ -65,8 +65,7 @@ class HostKvCache {
 
   HostKvCache() = default;
   HostKvCache(AttentionShape shape, KvType type) : heads_(shape.kv_heads), type_(type) {
-    const DType stored = type == KvType::f32 ? DType::f32 : type == KvType::f16 ? DType::f16 : DType::q8_0;
-    row_bytes_ = qwen3next::row_bytes(stored, shape.head_dim);
+    row_bytes_ = qwen3next::row_bytes(stored_type(type), shape.head_dim);
   }
 
   KvType type() const noexcept { return type_; }

@@ -23,20 +23,19 @@ struct MemoryPlan {
 inline MemoryPlan plan_session(const Config& c, KvType kv, std::int64_t context, int batch) {
   MemoryPlan plan;
   const auto u = [](auto x) { return static_cast<std::uint64_t>(x); };
-  const DType stored = kv == KvType::f32 ? DType::f32 : kv == KvType::f16 ? DType::f16 : DType::q8_0;
   const auto attention_layers = u(std::count(c.layer_types.begin(), c.layer_types.end(), LayerType::full_attention));
   const std::uint64_t delta_layers = c.layer_types.size() - attention_layers;
 
-  const std::uint64_t kv_row = 2 * u(c.num_key_value_heads) * row_bytes(stored, c.head_dim);
+  const std::uint64_t kv_row = 2 * u(c.num_key_value_heads) * row_bytes(stored_type(kv), c.head_dim);
   plan.kv_cache = u(context) * kv_row * (attention_layers + (c.has_mtp ? 1 : 0));
   plan.delta_state = delta_layers * sizeof(float) *
                      (u(c.linear_num_value_heads) * u(c.linear_key_head_dim) * u(c.linear_value_head_dim) +
                       u(c.linear_conv_kernel_dim - 1) * u(c.conv_dim()));
   // As model/state.hpp's Activations.
-  const std::uint64_t row = 4 * u(c.hidden_size) + 2 * u(c.rotary_pairs()) + 3 * u(c.attention_dim()) + 2 * u(c.kv_dim()) +
-                            2 * u(c.conv_dim()) + 2 * u(c.value_dim()) + 4 * u(c.linear_num_value_heads) +
-                            u(c.num_experts) + 2 * u(c.num_experts_per_tok) + 2 * u(c.shared_expert_intermediate_size) +
-                            1 + (c.has_mtp ? 2 * u(c.hidden_size) : 0);
+  const std::uint64_t row = 4 * u(c.hidden_size) + 2 * u(c.rotary_pairs()) + 3 * u(c.attention_dim()) +
+                            2 * u(c.kv_dim()) + 2 * u(c.conv_dim()) + 2 * u(c.value_dim()) +
+                            4 * u(c.linear_num_value_heads) + u(c.num_experts) + 2 * u(c.num_experts_per_tok) +
+                            2 * u(c.shared_expert_intermediate_size) + 1 + (c.has_mtp ? 2 * u(c.hidden_size) : 0);
   plan.scratch = sizeof(float) * (u(batch) * row + u(std::min(batch, 16)) * u(c.vocab_size));
   return plan;
 }

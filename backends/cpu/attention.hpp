@@ -53,10 +53,6 @@ class Attention {
     int splits;   // of the same rows: this one and those after it, 0 unless the first
   };
 
-  static DType stored_type(KvType type) noexcept {
-    return type == KvType::f32 ? DType::f32 : type == KvType::f16 ? DType::f16 : DType::q8_0;
-  }
-
   static void append(const Kernels& k, const Team& team, const HostTensor& keys, const HostTensor& values,
                      AttentionShape shape, std::span<const Segment<HostKvCache>> segments) {
     const int D = shape.head_dim;
