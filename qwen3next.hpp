@@ -20,11 +20,20 @@
 //
 // The library never prints, never aborts, and reads no environment variables.
 //
-// Compile-time switches (define before including):
-//   QWEN3NEXT_COMPILED    the engine is in the library that you link (the CMake target qwen3next): compiles faster, and
-//                         the kernels fit every x86-64 or AArch64 machine, best first
-//   QWEN3NEXT_REFERENCE   header only: build the reference backend in, too (needs Eigen)
+// Compile-time switches, the same in every file of a program:
+//   QWEN3NEXT_COMPILED    the engine is compiled elsewhere, this header declares it: in the library that you link
+//   (CMake
+//                         target qwen3next::qwen3next, pkg-config qwen3next; kernels for every machine, best first) or
+//                         in the one file of yours that defines QWEN3NEXT_LIBRARY, too, before it includes this
+//   QWEN3NEXT_QUANTIZE    quantize() as well, which writes GGUFs
+//   QWEN3NEXT_REFERENCE   the reference backend as well (needs Eigen; the library has it)
+//   QWEN3NEXT_MULTI_ISA   kernels for every machine without the library: compile this header itself once for each ISA,
+//                         g++ -std=c++20 -O3 -ffp-contract=off -x c++ -c qwen3next.hpp -DQWEN3NEXT_ISA=avx2 -mavx2 ...
+//                         and link those objects (names and flags: above, or cmake/CpuKernels.cmake)
 #pragma once
+
+#include "backends/cpu/kernels.hpp"  // first: it is all that an object of kernels holds
+#ifndef QWEN3NEXT_ISA
 
 #include <algorithm>
 #include <filesystem>
@@ -198,7 +207,12 @@ class Session {
 
 }  // namespace qwen3next
 
-#ifndef QWEN3NEXT_COMPILED
+#if QWEN3NEXT_DEFINITIONS
 #include "generate/make_engine.hpp"
 #include "generate/session.hpp"
 #endif
+#ifdef QWEN3NEXT_QUANTIZE
+#include "weights/quantize.hpp"
+#endif
+
+#endif  // QWEN3NEXT_ISA

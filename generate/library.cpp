@@ -1,6 +1,5 @@
 // What is compiled once for those who link the library.
 #define QWEN3NEXT_LIBRARY
 #define QWEN3NEXT_REFERENCE
-#include "generate/make_engine.hpp"
-#include "generate/session.hpp"
-#include "weights/quantize.hpp"
+#define QWEN3NEXT_QUANTIZE
+#include "qwen3next.hpp"

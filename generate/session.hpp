@@ -1,11 +1,10 @@
 #pragma once
-// Definitions of qwen3next.hpp's Model and Session.
+// Definitions of Model and Session: the end of qwen3next.hpp, which includes this after declaring them.
 
 #include <algorithm>
 #include <chrono>
 
 #include "core/linkage.hpp"
-#include "qwen3next.hpp"
 
 namespace qwen3next {
 

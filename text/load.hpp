@@ -11,6 +11,8 @@
 #include "generate/defaults.hpp"
 #include "text/chat_template.hpp"
 #include "text/tokenizer.hpp"
+#include "weights/gguf.hpp"
+#include "weights/mapped_file.hpp"
 
 namespace qwen3next {
 
@@ -38,8 +40,6 @@ GenerationDefaults load_generation_defaults(const std::filesystem::path& path);
 #include <vector>
 
 #include "core/json.hpp"
-#include "weights/gguf.hpp"
-#include "weights/mapped_file.hpp"
 
 namespace qwen3next {
 

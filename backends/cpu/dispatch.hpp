@@ -5,12 +5,9 @@
 #include <string_view>
 #include <vector>
 
-#include "backends/cpu/kernel_table.hpp"
+#include "backends/cpu/kernels.hpp"
 #include "core/error.hpp"
 
-#if !defined(QWEN3NEXT_MULTI_ISA)
-#include "backends/cpu/kernels.hpp"
-#endif
 #if defined(QWEN3NEXT_MULTI_ISA) && defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>  // getauxval
 #endif

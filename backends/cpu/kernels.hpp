@@ -5,13 +5,18 @@
 //                        kernels() leaves the object (tests/ops/check_exported_symbols.sh), so no code compiled for a
 //                        newer CPU can stand in for a function of the same name elsewhere
 //   header-only          the macro is undefined: namespace `native`, ordinary inline functions, the user's flags
+//   QWEN3NEXT_MULTI_ISA  links the objects and sees the table's type alone
 //
 // Inside: raw pointers and sizes only, no functions of the standard library that are not C's.
+
+#include "backends/cpu/kernel_table.hpp"
+#include "core/linkage.hpp"
+
+#if defined(QWEN3NEXT_ISA) || (QWEN3NEXT_DEFINITIONS && !defined(QWEN3NEXT_MULTI_ISA))
 
 #include "backends/cpu/delta_rule.hpp"
 #include "backends/cpu/elementwise.hpp"
 #include "backends/cpu/float_product.hpp"
-#include "backends/cpu/kernel_table.hpp"
 #include "backends/cpu/kv_rows.hpp"
 #include "backends/cpu/row_product.hpp"
 #include "backends/cpu/row_product_avx512.hpp"
@@ -101,6 +106,14 @@ const Kernels& kernels() noexcept { return table; }
 
 }  // namespace qwen3next::cpu::QWEN3NEXT_ISA
 
+#undef QWEN3NEXT_STRING_OF
+#undef QWEN3NEXT_STRING
+#if QWEN3NEXT_HEADER_ONLY_KERNELS
+#undef QWEN3NEXT_ISA  // simd.hpp's `native`
+#endif
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
+
+#endif  // kernels here
