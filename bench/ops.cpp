@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "backends/cpu/cpu_backend.hpp"
-#include "blocks/half.hpp"
+#include "blocks/codec.hpp"
 
 namespace {
 
@@ -40,15 +40,10 @@ const std::byte* weights(DType type, std::size_t bytes) {
   const DTypeInfo& i = info(type);
   std::vector<std::byte> pattern(static_cast<std::size_t>(i.bytes) * 1024);
   std::mt19937 random(1);
-  for (std::byte& b : pattern) b = static_cast<std::byte>(random() & 255u);
-  for (std::size_t p = 0; p < pattern.size(); p += static_cast<std::size_t>(i.bytes)) {
-    const std::size_t d = type == DType::q6_k ? 208 : type == DType::q3_k ? 108 : 0;
-    if (i.quantised) store(&pattern[p + d], f32_to_f16(0.01f));
-    if (type == DType::q4_k || type == DType::q5_k) store(&pattern[p + 2], f32_to_f16(0.01f));
-    if (type == DType::f32) store(&pattern[p], 0.5f);
-    if (type == DType::f16) store(&pattern[p], f32_to_f16(0.5f));
-    if (type == DType::bf16) store(&pattern[p], f32_to_bf16(0.5f));
-  }
+  std::normal_distribution<float> normal(0, 0.02f);
+  std::vector<float> values(static_cast<std::size_t>(i.elements) * 1024);
+  for (float& v : values) v = normal(random);
+  quantize_row(type, values.data(), pattern.data(), static_cast<std::int64_t>(values.size()));
   for (std::size_t at = 0; at < bytes; at += pattern.size())
     std::memcpy(&memory[at], pattern.data(), std::min(pattern.size(), bytes - at));
   return memory.data();

@@ -9,9 +9,15 @@
 
 #include "blocks/dtype.hpp"
 #include "blocks/floats.hpp"
+#include "blocks/fp4.hpp"
+#include "blocks/fp4_pack.hpp"
 #include "blocks/half.hpp"
+#include "blocks/iq4.hpp"
+#include "blocks/iq4_pack.hpp"
 #include "blocks/k_quants.hpp"
 #include "blocks/k_quants_pack.hpp"
+#include "blocks/legacy_quants.hpp"
+#include "blocks/legacy_quants_pack.hpp"
 #include "blocks/q8_0.hpp"
 
 namespace qwen3next {
@@ -44,8 +50,18 @@ inline void dequantize_row(DType type, const std::byte* src, float* dst, std::in
       return unpack_f16(src, dst, n);
     case DType::bf16:
       return unpack_bf16(src, dst, n);
+    case DType::q4_0:
+      return detail::unpack_row<BlockQ4_0>(src, dst, n);
+    case DType::q4_1:
+      return detail::unpack_row<BlockQ4_1>(src, dst, n);
+    case DType::q5_0:
+      return detail::unpack_row<BlockQ5_0>(src, dst, n);
+    case DType::q5_1:
+      return detail::unpack_row<BlockQ5_1>(src, dst, n);
     case DType::q8_0:
       return detail::unpack_row<BlockQ8_0>(src, dst, n);
+    case DType::q2_k:
+      return detail::unpack_row<BlockQ2_K>(src, dst, n);
     case DType::q3_k:
       return detail::unpack_row<BlockQ3_K>(src, dst, n);
     case DType::q4_k:
@@ -54,6 +70,14 @@ inline void dequantize_row(DType type, const std::byte* src, float* dst, std::in
       return detail::unpack_row<BlockQ5_K>(src, dst, n);
     case DType::q6_k:
       return detail::unpack_row<BlockQ6_K>(src, dst, n);
+    case DType::iq4_nl:
+      return detail::unpack_row<BlockIQ4_NL>(src, dst, n);
+    case DType::iq4_xs:
+      return detail::unpack_row<BlockIQ4_XS>(src, dst, n);
+    case DType::mxfp4:
+      return detail::unpack_row<BlockMXFP4>(src, dst, n);
+    case DType::nvfp4:
+      return detail::unpack_row<BlockNVFP4>(src, dst, n);
   }
 }
 
@@ -69,8 +93,18 @@ inline void quantize_row(DType type, const float* src, std::byte* dst, std::int6
       return pack_f16(src, dst, n);
     case DType::bf16:
       return pack_bf16(src, dst, n);
+    case DType::q4_0:
+      return detail::pack_row<BlockQ4_0>(src, dst, n, importance);
+    case DType::q4_1:
+      return detail::pack_row<BlockQ4_1>(src, dst, n, importance);
+    case DType::q5_0:
+      return detail::pack_row<BlockQ5_0>(src, dst, n, importance);
+    case DType::q5_1:
+      return detail::pack_row<BlockQ5_1>(src, dst, n, importance);
     case DType::q8_0:
       return detail::pack_row<BlockQ8_0>(src, dst, n, importance);
+    case DType::q2_k:
+      return detail::pack_row<BlockQ2_K>(src, dst, n, importance);
     case DType::q3_k:
       return detail::pack_row<BlockQ3_K>(src, dst, n, importance);
     case DType::q4_k:
@@ -79,6 +113,14 @@ inline void quantize_row(DType type, const float* src, std::byte* dst, std::int6
       return detail::pack_row<BlockQ5_K>(src, dst, n, importance);
     case DType::q6_k:
       return detail::pack_row<BlockQ6_K>(src, dst, n, importance);
+    case DType::iq4_nl:
+      return detail::pack_row<BlockIQ4_NL>(src, dst, n, importance);
+    case DType::iq4_xs:
+      return detail::pack_row<BlockIQ4_XS>(src, dst, n, importance);
+    case DType::mxfp4:
+      return detail::pack_row<BlockMXFP4>(src, dst, n, importance);
+    case DType::nvfp4:
+      return detail::pack_row<BlockNVFP4>(src, dst, n, importance);
   }
 }
 

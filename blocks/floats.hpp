@@ -1,6 +1,7 @@
 #pragma once
-// F32, F16, BF16: one element per "block".
+// F32, F16, BF16, F8: one element per "block".
 
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +10,18 @@
 #include "blocks/half.hpp"
 
 namespace qwen3next {
+
+// E4M3 as in checkpoints: 1 sign, 4 exponent (bias 7), 3 fraction bits; up to 448, no infinity, NaN 0x7f and 0xff.
+// Exact. Its scales, one for 128 x 128 elements, lie in a tensor of their own.
+constexpr float f8_e4m3_to_f32(std::uint8_t h) noexcept {
+  const std::uint32_t sign = (h & 0x80u) << 24;
+  const std::uint32_t magnitude = h & 0x7fu;
+  const std::uint32_t normal = (magnitude << 20) + ((127u - 7u) << 23);
+  const std::uint32_t subnormal =
+      std::bit_cast<std::uint32_t>(static_cast<float>(static_cast<int>(magnitude)) * 0x1p-9f);
+  const std::uint32_t finite = magnitude < 8u ? subnormal : normal;
+  return std::bit_cast<float>(sign | (magnitude == 0x7fu ? 0x7fc00000u : finite));
+}
 
 inline void unpack_f32(const std::byte* src, float* dst, std::int64_t n) noexcept {
   std::memcpy(dst, src, static_cast<std::size_t>(n) * sizeof(float));

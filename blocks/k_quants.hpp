@@ -1,7 +1,8 @@
 #pragma once
 // The K family: super-blocks of 256 elements whose sub-blocks of 16 or 32 have quantised scales.
 //
-//   Q3_K, Q6_K   16 x 16   value = d sc q                 3.44, 6.56 bits per weight
+//   Q2_K         16 x 16   value = d sc q - dmin m        2.625 bits per weight
+//   Q3_K, Q6_K   16 x 16   value = d sc q                 3.44, 6.56
 //   Q4_K, Q5_K    8 x 32   value = d sc q - dmin m        4.5,  5.5  bits per weight
 //
 // d and dmin are F16.  Offsets are in bytes.  All products of unpack() but the last are exact in a float, so fused
@@ -13,6 +14,15 @@
 #include "blocks/half.hpp"
 
 namespace qwen3next {
+
+struct BlockQ2_K {
+  static constexpr int elements = 256;
+  std::uint8_t scales[16];  // @0    scale in the low nibble, min in the high one
+  std::uint8_t qs[64];      // @16   two bits, four elements a byte
+  std::uint16_t d;          // @80
+  std::uint16_t dmin;       // @82
+};
+static_assert(sizeof(BlockQ2_K) == 84);
 
 struct BlockQ3_K {
   static constexpr int elements = 256;
@@ -83,6 +93,15 @@ constexpr void set_scales_q3(std::uint8_t* s, const int (&scales)[16]) noexcept 
   }
 }
 
+inline void unpack(const BlockQ2_K& b, float* y) noexcept {
+  const float d = f16_to_f32(b.d), dmin = f16_to_f32(b.dmin);
+  for (int k = 0; k < 16; ++k) {  // in the order of Q3_K
+    const float scale = d * static_cast<float>(b.scales[k] & 15), min = dmin * static_cast<float>(b.scales[k] >> 4);
+    const std::uint8_t* q = b.qs + 32 * (k / 8) + 16 * (k % 2);
+    for (int l = 0; l < 16; ++l) y[16 * k + l] = scale * static_cast<float>(q[l] >> (2 * (k / 2 % 4)) & 3) - min;
+  }
+}
+
 inline void unpack(const BlockQ3_K& b, float* y) noexcept {
   const float d = f16_to_f32(b.d);
   for (int k = 0; k < 16; ++k) {  // k = 8 half + 2 j + part, as FORMATS.md 5 counts
@@ -137,6 +156,14 @@ inline void unpack(const BlockQ6_K& b, float* y) noexcept {
 }
 
 // The inverse of unpack's bit shuffling: levels by element.
+inline void set_levels(BlockQ2_K& b, const std::uint8_t* q) noexcept {  // 0..3
+  for (int half = 0; half < 2; ++half) {
+    for (int l = 0; l < 32; ++l) {
+      const std::uint8_t* e = q + 128 * half + l;
+      b.qs[32 * half + l] = static_cast<std::uint8_t>(e[0] | e[32] << 2 | e[64] << 4 | e[96] << 6);
+    }
+  }
+}
 inline void set_levels(BlockQ3_K& b, const std::uint8_t* q) noexcept {  // 0..7, standing for -4..3
   for (int l = 0; l < 32; ++l) {
     int high = 0;

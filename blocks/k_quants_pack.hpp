@@ -18,6 +18,7 @@
 
 #include "blocks/half.hpp"
 #include "blocks/k_quants.hpp"
+#include "blocks/scale_search.hpp"
 
 namespace qwen3next {
 
@@ -26,58 +27,44 @@ namespace detail {
 // What a format can store, and the grids that are tried: `steps` grids of from, from + step, .. more levels than there
 // are over the range of a sub-block.  Fewer levels waste some of them, more clip the extremes; either may happen to
 // suit the values.  Measured on Gaussian and Laplace data.
+struct Q2_KSpec {
+  using Levels = IntegerLevels<0, 3>;
+  static constexpr int sub_blocks = 16, depth = 16, scale_low = 0, scale_high = 15, min_high = 15;
+  static constexpr int steps = 20;
+  static constexpr float from = -0.5f, step = 0.1f;
+};
 struct Q3_KSpec {
-  static constexpr int sub_blocks = 16, depth = 16, low = -4, high = 3, scale_low = -32, scale_high = 31, min_high = 0;
+  using Levels = IntegerLevels<-4, 3>;
+  static constexpr int sub_blocks = 16, depth = 16, scale_low = -32, scale_high = 31, min_high = 0;
   static constexpr int steps = 12;
   static constexpr float from = -1.0f, step = 0.3f;
 };
 struct Q4_KSpec {
-  static constexpr int sub_blocks = 8, depth = 32, low = 0, high = 15, scale_low = 0, scale_high = 63, min_high = 63;
+  using Levels = IntegerLevels<0, 15>;
+  static constexpr int sub_blocks = 8, depth = 32, scale_low = 0, scale_high = 63, min_high = 63;
   static constexpr int steps = 20;
   static constexpr float from = -2.0f, step = 0.3f;
 };
 struct Q5_KSpec {
-  static constexpr int sub_blocks = 8, depth = 32, low = 0, high = 31, scale_low = 0, scale_high = 63, min_high = 63;
+  using Levels = IntegerLevels<0, 31>;
+  static constexpr int sub_blocks = 8, depth = 32, scale_low = 0, scale_high = 63, min_high = 63;
   static constexpr int steps = 20;
   static constexpr float from = -3.0f, step = 0.4f;
 };
 struct Q6_KSpec {
-  static constexpr int sub_blocks = 16, depth = 16, low = -32, high = 31, scale_low = -128, scale_high = 127,
-                       min_high = 0;
+  using Levels = IntegerLevels<-32, 31>;
+  static constexpr int sub_blocks = 16, depth = 16, scale_low = -128, scale_high = 127, min_high = 0;
   static constexpr int steps = 14;
   static constexpr float from = -4.0f, step = 0.6f;
 };
 
-// Sub-blocks lie side by side in the lanes of a vector: GCC and Clang's vector extension, in the width that the target
-// has (wider ones compile, but badly).  Results do not depend on the width.
-#if defined(__AVX__)
-inline constexpr int pack_lanes = 8;
-#else
-inline constexpr int pack_lanes = 4;
-#endif
-typedef float PackVector __attribute__((vector_size(4 * pack_lanes)));
-
-// v to the nearest integer in [low, high], ties to even; NaN to low.  (The addition leaves no bits for a fraction.)
-inline void to_integers(PackVector& v, int low, int high) noexcept {
-  using V = PackVector;
-  const V lower = V{} + static_cast<float>(low), upper = V{} + static_cast<float>(high), magic = V{} + 0x1.8p23f;
-  v = v > lower ? v : lower;
-  v = v < upper ? v : upper;
-  v = (v + magic) - magic;
-}
-
-// To F16 and back; not to zero unless it is.
-inline float storable(float v) noexcept {
-  const float rounded = f16_to_f32(f32_to_f16(v));
-  return rounded != 0 || v == 0 ? rounded : std::copysign(0x1p-24f, v);
-}
-
 inline float ratio(float a, float b) noexcept { return b != 0 ? a / b : 0; }
 
-// Neighbouring sub-blocks of one super-block, one per lane.
+// Neighbouring sub-blocks of one super-block, one in each lane.
 template <class Spec>
 struct SubBlocks {
   using V = PackVector;
+  using Levels = typename Spec::Levels;
   static constexpr int depth = Spec::depth;
   static constexpr bool has_min = Spec::min_high > 0;
 
@@ -98,7 +85,7 @@ struct SubBlocks {
       for (int k = 0; k < pack_lanes; ++k) {
         const int i = depth * k + j;
         x[j][k] = values[i];
-        w[j][k] = importance ? importance[i] : std::sqrt(mean_square + values[i] * values[i]);
+        w[j][k] = error_weight(importance, i, values[i], mean_square);
       }
       lowest = x[j] < lowest ? x[j] : lowest;  // at most 0: an offset can only be negative
       highest = j == 0 || x[j] > highest ? x[j] : highest;
@@ -108,7 +95,7 @@ struct SubBlocks {
 
   void levels(int j, const V& inverse, const V& from, V& q) const noexcept {
     q = (x[j] - from) * inverse;
-    to_integers(q, Spec::low, Spec::high);
+    Levels::round(q);
   }
 
   void measure(const V& grid, const V& from, Sums& out) const noexcept {
@@ -157,10 +144,10 @@ struct SubBlocks {
     for (int i = 0; i < Spec::steps; ++i) {
       const float more = Spec::from + Spec::step * static_cast<float>(i);
       if constexpr (has_min) {
-        improve((highest - lowest) / (static_cast<float>(Spec::high) + more), lowest, least);
+        improve((highest - lowest) / (static_cast<float>(Levels::high) + more), lowest, least);
       } else {  // the extreme may be of either sign, and the levels have one more below zero
         const V extreme = -lowest > highest ? lowest : highest;
-        const V grid = extreme / (static_cast<float>(Spec::low) - more);
+        const V grid = extreme / (static_cast<float>(Levels::low) - more);
         improve(grid, V{}, least);
         improve(-grid, V{}, least);
       }
@@ -209,7 +196,7 @@ class KSearch {
  public:
   static constexpr int sub_blocks = Spec::sub_blocks, depth = Spec::depth;
 
-  // The result: value = d scale[k] (level + Spec::low) - dmin min[k] for the elements of sub-block k.
+  // The result: value = d scale[k] (level + Levels::low) - dmin min[k] for the elements of sub-block k.
   float d = 0, dmin = 0;
   int scale[sub_blocks], min[sub_blocks];
   std::uint8_t level[sub_blocks * depth];
@@ -228,6 +215,7 @@ class KSearch {
 
  private:
   using V = PackVector;
+  using Levels = typename Spec::Levels;
   static constexpr int groups = sub_blocks / pack_lanes;
   static_assert(sub_blocks % pack_lanes == 0);
   static constexpr bool has_min = Spec::min_high > 0;
@@ -293,7 +281,7 @@ class KSearch {
       V q;
       b.levels(j, inverse, from, q);
       for (int k = 0; k < pack_lanes; ++k) {
-        level[(g * pack_lanes + k) * depth + j] = static_cast<std::uint8_t>(static_cast<int>(q[k]) - Spec::low);
+        level[(g * pack_lanes + k) * depth + j] = Levels::code(q[k]);
       }
     }
     for (int k = 0; k < pack_lanes; ++k) {
@@ -315,6 +303,14 @@ inline void pack_scale_min(const float* x, const float* importance, Block& b) no
 }
 
 }  // namespace detail
+
+inline void pack(const float* x, const float* importance, BlockQ2_K& b) noexcept {
+  const detail::KSearch<detail::Q2_KSpec> found(x, importance);
+  b.d = f32_to_f16(found.d);
+  b.dmin = f32_to_f16(found.dmin);
+  for (int k = 0; k < 16; ++k) b.scales[k] = static_cast<std::uint8_t>(found.scale[k] | found.min[k] << 4);
+  set_levels(b, found.level);
+}
 
 inline void pack(const float* x, const float* importance, BlockQ3_K& b) noexcept {
   const detail::KSearch<detail::Q3_KSpec> found(x, importance);

@@ -55,11 +55,20 @@ constexpr Kernels make_table() {
   k.strip_bytes = strip_bytes;
   k.panel_bytes = panel_bytes;
   k.pack_panel = pack_panel;
+  use<Q4_0>(k, DType::q4_0);
+  use<Q4_1>(k, DType::q4_1);
+  use<Q5_0>(k, DType::q5_0);
+  use<Q5_1>(k, DType::q5_1);
   use<Q8_0>(k, DType::q8_0);
+  use<Q2_K>(k, DType::q2_k);
   use<Q3_K>(k, DType::q3_k);
   use<Q4_K>(k, DType::q4_k);
   use<Q5_K>(k, DType::q5_k);
   use<Q6_K>(k, DType::q6_k);
+  use<IQ4_NL>(k, DType::iq4_nl);
+  use<IQ4_XS>(k, DType::iq4_xs);
+  use<MXFP4>(k, DType::mxfp4);
+  use<NVFP4>(k, DType::nvfp4);
 #if QWEN3NEXT_FUSED_ROWS
   auto fuse = [&](DType type, OperandKind kind, Kernels::RowProduct product, Kernels::PackStrip pack) {
     const auto i = static_cast<std::size_t>(type);

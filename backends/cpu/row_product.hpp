@@ -58,7 +58,10 @@ void row_product(const std::byte* const* w, int rows, int n, const std::byte* op
         const int g = j / Type::group;
         const float d = x.d[(i + j) / 32];
         dot.add(q + j, x.q + i + j, scale[g] * d, scale[g + (32 / Type::group - 1)] * d);
-        if constexpr (Type::has_min) minima += min[g] * (x.s[(i + j) / 16] + x.s[(i + j) / 16 + 1]);
+        if constexpr (Type::has_min && Type::group == 32)
+          minima += min[g] * (x.s[(i + j) / 16] + x.s[(i + j) / 16 + 1]);
+        if constexpr (Type::has_min && Type::group == 16)
+          minima += min[g] * x.s[(i + j) / 16] + min[g + 1] * x.s[(i + j) / 16 + 1];
       }
     }
     y[r] = dot.total() - minima;

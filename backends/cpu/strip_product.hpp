@@ -26,7 +26,8 @@ constexpr int max_panel = 12;
 constexpr int max_panel = 4;
 #endif
 
-inline std::size_t strip_bytes(int n) noexcept { return static_cast<std::size_t>(n / 2 * 3 * lanes); }
+// Of the largest strip: groups of 16 with minima.
+inline std::size_t strip_bytes(int n) noexcept { return static_cast<std::size_t>(n / 4 * 7 * lanes); }
 inline std::size_t panel_bytes(int n, int T) noexcept { return static_cast<std::size_t>(n / 32 * 40 * T); }
 
 inline void pack_panel(const std::byte* const* rows, int T, int n, std::byte* panel) noexcept {
@@ -73,6 +74,23 @@ void pack_strip(const std::byte* const* w, int rows, int n, std::byte* strip) no
   }
 }
 
+struct Ones {
+  alignas(64) std::int8_t w[4 * lanes];
+  constexpr Ones() noexcept : w{} {
+    for (std::int8_t& one : w) one = 1;
+  }
+};
+inline constexpr Ones ones{};
+
+// The sum of 16 activations of a token, in all lanes: a panel has only those of 32.
+template <int T>
+QWEN3NEXT_FORCE_INLINE F sum16(const std::byte* x) noexcept {
+  I sum(-16 * panel_bias);
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) sum = dot4<false>(sum, peek<std::int32_t>(x + 4 * k * T), ones.w);
+  return to_floats(sum);
+}
+
 template <class Type, int T>
 void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel, float* y,
                 std::ptrdiff_t y_stride) noexcept {
@@ -102,7 +120,12 @@ void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel,
       if constexpr (Type::has_min) {
         const F min = load(reinterpret_cast<const float*>(strip + Type::group * lanes + 2 * vector));
 #pragma GCC unroll 16
-        for (int t = 0; t < T; ++t) acc[t] = xsimd::fma(min, F(peek<float>(s + 4 * t)), acc[t]);
+        for (int t = 0; t < T; ++t) {
+          if constexpr (Type::group == 32)
+            acc[t] = xsimd::fma(min, F(peek<float>(s + 4 * t)), acc[t]);
+          else
+            acc[t] = xsimd::fma(min, F(peek<float>(d + 4 * t)) * sum16<T>(panel + 16 * T * half + 4 * t), acc[t]);
+        }
       }
       strip += Type::group * lanes + (Type::has_min ? 3 : 2) * vector;
     }

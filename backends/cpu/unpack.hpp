@@ -14,6 +14,100 @@ namespace QWEN3NEXT_KERNEL_UNIT {
 QWEN3NEXT_FORCE_INLINE int byte_at(const std::byte* p, int i) noexcept { return static_cast<int>(p[i]); }
 QWEN3NEXT_FORCE_INLINE float half_at(const std::byte* p) noexcept { return half_to_float(peek<std::uint16_t>(p)); }
 
+// Q4_0, Q4_1, Q5_0, Q5_1: an F16 scale, perhaps an F16 offset, perhaps fifth bits, nibbles.
+template <bool five_bits, bool offset>
+struct Legacy {
+  static constexpr int elements = 32, qh_at = offset ? 4 : 2, qs_at = qh_at + (five_bits ? 4 : 0);
+  static constexpr int bytes = qs_at + 16, group = 32;
+  static constexpr bool has_min = offset, wide = false;
+
+  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float* min) noexcept {
+    constexpr int zero = offset ? 0 : five_bits ? 16 : 8;
+    scale[0] = half_at(p);
+    if constexpr (offset) min[0] = -half_at(p + 2);
+    std::uint32_t fifth = 0;
+    if constexpr (five_bits) fifth = peek<std::uint32_t>(p + qh_at);
+    for (int l = 0; l < 16; ++l) {
+      int low = byte_at(p + qs_at, l) & 15, high = byte_at(p + qs_at, l) >> 4;
+      if constexpr (five_bits) {
+        low |= static_cast<int>(fifth >> l & 1) << 4;
+        high |= static_cast<int>(fifth >> (16 + l) & 1) << 4;
+      }
+      q[l] = static_cast<std::int8_t>(low - zero);
+      q[16 + l] = static_cast<std::int8_t>(high - zero);
+    }
+  }
+};
+using Q4_0 = Legacy<false, false>;
+using Q4_1 = Legacy<false, true>;
+using Q5_0 = Legacy<true, false>;
+using Q5_1 = Legacy<true, true>;
+
+// n bytes of nibbles that index a table of levels: low nibbles to q[0..n), high ones to q[n..2 n).
+template <int n>
+QWEN3NEXT_FORCE_INLINE void look_up(const std::byte* qs, const std::int8_t* table, std::int8_t* q) noexcept {
+  for (int l = 0; l < n; ++l) {
+    q[l] = table[byte_at(qs, l) & 15];
+    q[n + l] = table[byte_at(qs, l) >> 4];
+  }
+}
+
+inline constexpr std::int8_t iq4_table[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+struct IQ4_NL {
+  static constexpr int elements = 32, bytes = 18, group = 32;
+  static constexpr bool has_min = false, wide = true;
+
+  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
+    scale[0] = half_at(p);
+    look_up<16>(p + 2, iq4_table, q);
+  }
+};
+
+struct IQ4_XS {
+  static constexpr int elements = 256, bytes = 136, group = 32;
+  static constexpr bool has_min = false, wide = true;
+
+  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
+    const float d = half_at(p);
+    const int high = peek<std::uint16_t>(p + 2);
+    for (int k = 0; k < 8; ++k) {
+      const int sc = (byte_at(p, 4 + k / 2) >> (4 * (k % 2)) & 15) | (high >> (2 * k) & 3) << 4;
+      scale[k] = d * static_cast<float>(sc - 32);
+      look_up<16>(p + 8 + 16 * k, iq4_table, q + 32 * k);
+    }
+  }
+};
+
+// FP4: twice the numbers, under half the scales.
+inline constexpr std::int8_t fp4_table[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+struct MXFP4 {
+  static constexpr int elements = 32, bytes = 17, group = 32;
+  static constexpr bool has_min = false, wide = false;
+
+  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
+    const auto e = static_cast<std::uint32_t>(p[0]);
+    scale[0] = __builtin_bit_cast(float, e < 2 ? 0x00200000u << e : (e - 1) << 23);  // 2^(e - 128)
+    look_up<16>(p + 1, fp4_table, q);
+  }
+};
+
+struct NVFP4 {
+  static constexpr int elements = 64, bytes = 36, group = 16;
+  static constexpr bool has_min = false, wide = false;
+
+  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
+    for (int k = 0; k < 4; ++k) {  // half of E4M3 without sign: bias 7 + 1
+      const auto u = static_cast<std::uint32_t>(p[k]), magnitude = u & 0x7fu;
+      const float subnormal = static_cast<float>(magnitude) * 0x1p-10f;
+      const float normal = __builtin_bit_cast(float, (magnitude << 20) + ((127u - 8u) << 23));
+      scale[k] = u == 0x7fu ? 0.0f : magnitude < 8 ? subnormal : normal;
+      look_up<8>(p + 4 + 8 * k, fp4_table, q + 16 * k);
+    }
+  }
+};
+
 struct Q8_0 {
   static constexpr int elements = 32, bytes = 34, group = 32;
   static constexpr bool has_min = false, wide = true;
@@ -85,6 +179,25 @@ struct Q6_K {
   }
 };
 
+struct Q2_K {
+  static constexpr int elements = 256, bytes = 84, group = 16;
+  static constexpr bool has_min = true, wide = false;
+
+  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float* min) noexcept {
+    const float d = half_at(p + 80), dmin = half_at(p + 82);
+    for (int g = 0; g < 16; ++g) {
+      scale[g] = d * static_cast<float>(byte_at(p, g) & 15);
+      min[g] = dmin * static_cast<float>(byte_at(p, g) >> 4);
+    }
+    for (int n = 0; n < 2; ++n) {
+      for (int j = 0; j < 4; ++j) {
+        for (int l = 0; l < 32; ++l)
+          q[128 * n + 32 * j + l] = static_cast<std::int8_t>(byte_at(p + 16 + 32 * n, l) >> (2 * j) & 3);
+      }
+    }
+  }
+};
+
 struct Q3_K {
   static constexpr int elements = 256, bytes = 110, group = 16;
   static constexpr bool has_min = false, wide = false;
@@ -141,8 +254,18 @@ inline void dequantize(DType type, const std::byte* row, int n, float* out) noex
       return dequantize_floats<DType::f16>(row, n, out);
     case DType::bf16:
       return dequantize_floats<DType::bf16>(row, n, out);
+    case DType::q4_0:
+      return dequantize_blocks<Q4_0>(row, n, out);
+    case DType::q4_1:
+      return dequantize_blocks<Q4_1>(row, n, out);
+    case DType::q5_0:
+      return dequantize_blocks<Q5_0>(row, n, out);
+    case DType::q5_1:
+      return dequantize_blocks<Q5_1>(row, n, out);
     case DType::q8_0:
       return dequantize_blocks<Q8_0>(row, n, out);
+    case DType::q2_k:
+      return dequantize_blocks<Q2_K>(row, n, out);
     case DType::q3_k:
       return dequantize_blocks<Q3_K>(row, n, out);
     case DType::q4_k:
@@ -151,6 +274,14 @@ inline void dequantize(DType type, const std::byte* row, int n, float* out) noex
       return dequantize_blocks<Q5_K>(row, n, out);
     case DType::q6_k:
       return dequantize_blocks<Q6_K>(row, n, out);
+    case DType::iq4_nl:
+      return dequantize_blocks<IQ4_NL>(row, n, out);
+    case DType::iq4_xs:
+      return dequantize_blocks<IQ4_XS>(row, n, out);
+    case DType::mxfp4:
+      return dequantize_blocks<MXFP4>(row, n, out);
+    case DType::nvfp4:
+      return dequantize_blocks<NVFP4>(row, n, out);
   }
 }
 

@@ -127,19 +127,37 @@ TEST_CASE("bf16 is the upper half of a float, rounded to even") {
   CHECK(std::isnan(bf16_to_f32(f32_to_bf16(std::bit_cast<float>(0x7f800001u)))));  // not rounded to infinity
 }
 
+TEST_CASE("every F8 code is read as defined") {
+  for (unsigned h = 0; h < 256; ++h) {
+    const float f = f8_e4m3_to_f32(static_cast<std::uint8_t>(h));
+    const int exponent = (h >> 3) & 15, fraction = h & 7;
+    if (exponent == 15 && fraction == 7) {
+      CHECK(std::isnan(f));
+      continue;
+    }
+    const double magnitude = exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
+    CHECK(f == (h >> 7 ? -magnitude : magnitude));
+    CHECK(std::signbit(f) == (h >> 7 != 0));
+  }
+  static_assert(f8_e4m3_to_f32(0x7e) == 448 && f8_e4m3_to_f32(0x81) == -0x1p-9f);
+}
+
 TEST_CASE("blocks have the values that the gguf package gives them, at any address") {
-  constexpr std::int64_t n = 2048;
-  for (const DType type : {DType::q8_0, DType::q3_k, DType::q4_k, DType::q5_k, DType::q6_k}) {
-    CAPTURE(info(type).name);
+  for (const DTypeInfo& type : dtype_table) {
+    if (!type.quantised) continue;
+    CAPTURE(type.name);
     const std::filesystem::path folder = std::filesystem::path(QWEN3NEXT_SOURCE_DIR) / "tests/golden/blocks";
-    std::vector<std::byte> bytes = read_file(folder / (std::string(info(type).name) + ".bin"));
-    const std::size_t size = row_bytes(type, n);
-    REQUIRE(bytes.size() == size + n * sizeof(float));
-    std::vector<float> expected(n), found(n);
-    std::memcpy(expected.data(), bytes.data() + size, n * sizeof(float));
+    std::vector<std::byte> bytes = read_file(folder / (std::string(type.name) + ".bin"));
+    const auto values = static_cast<std::size_t>(type.elements) * sizeof(float);
+    const std::size_t count = bytes.size() / (static_cast<std::size_t>(type.bytes) + values);
+    const auto n = static_cast<std::int64_t>(count) * type.elements;
+    REQUIRE(n >= 2048);
+    REQUIRE(bytes.size() == row_bytes(type.type, n) + count * values);
+    std::vector<float> expected(static_cast<std::size_t>(n)), found(expected.size());
+    std::memcpy(expected.data(), bytes.data() + row_bytes(type.type, n), count * values);
     for (int shift = 0; shift < 2; ++shift) {
-      dequantize_row(type, bytes.data() + shift, found.data(), n);
-      for (std::size_t i = 0; i < n; ++i) REQUIRE(same_bits(found[i], expected[i]));
+      dequantize_row(type.type, bytes.data() + shift, found.data(), n);
+      for (std::size_t i = 0; i < found.size(); ++i) REQUIRE(same_bits(found[i], expected[i]));
       bytes.insert(bytes.begin(), std::byte{});
     }
   }

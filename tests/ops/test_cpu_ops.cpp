@@ -94,12 +94,18 @@ struct Matrix {
     // Any bits are a valid block once its halves are sane numbers.
     for (std::size_t i = 0; i < bytes; ++i) p[i] = static_cast<std::byte>(random.below(256));
     std::vector<std::size_t> halves{0};
-    if (t == DType::q4_k || t == DType::q5_k) halves = {0, 2};
-    if (t == DType::q6_k) halves = {208};
+    if (t == DType::q4_1 || t == DType::q5_1 || t == DType::q4_k || t == DType::q5_k) halves = {0, 2};
+    if (t == DType::q2_k) halves = {80, 82};
     if (t == DType::q3_k) halves = {108};
+    if (t == DType::q6_k) halves = {208};
+    if (t == DType::mxfp4 || t == DType::nvfp4) halves = {};
     for (std::size_t block = 0; block < bytes; block += static_cast<std::size_t>(info(t).bytes)) {
       for (std::size_t at : halves)
         store(p + block + at, f32_to_f16(0.01f * scale * (0.2f + std::abs(random.normal()))));
+      if (t == DType::mxfp4) p[block] = static_cast<std::byte>(120 + random.below(4));
+      if (t == DType::nvfp4) {
+        for (std::size_t k = 0; k < 4; ++k) p[block + k] = static_cast<std::byte>(random.below(0x30));
+      }
     }
   }
   std::vector<std::byte> memory;
@@ -139,8 +145,13 @@ Rows run_linear(B& be, const WeightView& w, const Rows& x) {
   return read(y);
 }
 
-const DType all_types[] = {DType::f32,  DType::f16,  DType::bf16, DType::q8_0,
-                           DType::q3_k, DType::q4_k, DType::q5_k, DType::q6_k};
+// Whole blocks of every quantised type.
+std::vector<int> column_counts(DType type) {
+  const int block = info(type).elements;
+  if (!info(type).quantised) return {1, 7, 16, 33, 130};
+  if (block == 256) return {256, 768};
+  return {block, 3 * block, 288 / block * block};
+}
 
 }  // namespace
 
@@ -148,13 +159,11 @@ TEST_CASE("linear: every type, odd shapes, any address") {
   on_every_isa([](std::string_view isa) {
     Random random;
     CpuBackend be = cpu_backend(isa);
-    for (DType type : all_types) {
-      CAPTURE(info(type).name);
+    for (const DTypeInfo& i : dtype_table) {
+      const DType type = i.type;
+      CAPTURE(i.name);
       const bool quantised = info(type).quantised;
-      const std::vector<int> columns = !quantised                  ? std::vector<int>{1, 7, 16, 33, 130}
-                                       : info(type).elements == 32 ? std::vector<int>{32, 96, 288}
-                                                                   : std::vector<int>{256, 768};
-      for (int cols : columns) {
+      for (int cols : column_counts(type)) {
         for (int rows : {1, 3, 4, 16, 37}) {
           for (int T : {1, 2, 3, 4, 5, 13, 50}) {
             CAPTURE(cols);
@@ -206,7 +215,7 @@ TEST_CASE("linear: activations of zeros, and of very different sizes") {
   on_every_isa([](std::string_view isa) {
     Random random;
     CpuBackend be = cpu_backend(isa);
-    for (DType type : {DType::q8_0, DType::q4_k, DType::q6_k}) {
+    for (DType type : {DType::q8_0, DType::q2_k, DType::q4_k, DType::q6_k, DType::iq4_nl, DType::nvfp4}) {
       Matrix w(random, type, 5, 512);
       Rows x = random_rows(random, 6, 512);
       std::fill(x[0].begin(), x[0].end(), 0.0f);
@@ -223,8 +232,9 @@ TEST_CASE("embed: rows of every type") {
     Random random;
     CpuBackend be = cpu_backend(isa);
     ReferenceBackend reference;
-    for (DType type : all_types) {
-      CAPTURE(info(type).name);
+    for (const DTypeInfo& i : dtype_table) {
+      const DType type = i.type;
+      CAPTURE(i.name);
       Matrix w(random, type, 9, info(type).quantised ? 512 : 77);
       const std::vector<std::int32_t> tokens{8, 0, 3, 3};
       auto run = [&](auto& b) {
@@ -329,8 +339,9 @@ TEST_CASE("router: probabilities, ties, normalisation") {
 TEST_CASE("experts: all, few or one expert per token, every type") {
   on_every_isa([](std::string_view isa) {
     Random random;
-    for (DType type : all_types) {
-      CAPTURE(info(type).name);
+    for (const DTypeInfo& i : dtype_table) {
+      const DType type = i.type;
+      CAPTURE(i.name);
       const bool quantised = info(type).quantised;
       const int D = quantised ? 256 : 70, width = quantised ? 512 : 37, E = 6;
       std::vector<Matrix> memory;
@@ -582,8 +593,9 @@ TEST_CASE("a q8_0 cache refuses heads that are not whole blocks") {
 TEST_CASE("linear: the thread count changes nothing; a row's result hardly depends on its batch") {
   on_every_isa([](std::string_view isa) {
     Random random;
-    for (DType type : all_types) {
-      CAPTURE(info(type).name);
+    for (const DTypeInfo& i : dtype_table) {
+      const DType type = i.type;
+      CAPTURE(i.name);
       Matrix w(random, type, 203, 512);
       const Rows x = random_rows(random, 14, 512);
       CpuBackend one = cpu_backend(isa, 1), two = cpu_backend(isa, 2), three = cpu_backend(isa, 3);
