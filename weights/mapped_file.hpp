@@ -31,6 +31,8 @@
 
 namespace qwen3next {
 
+static_assert(sizeof(std::size_t) == 8, "qwen3next is for 64-bit machines: its files are larger than 4 GiB");
+
 // The bytes stay where they are when the object is moved.  Sizes are checked at open; if another program truncates the
 // file later, reading the lost pages is a bus error, as with every mapping.
 class MappedFile {

@@ -1,101 +1,88 @@
 #pragma once
 // Which kernels this program holds, and the best of them for the machine at hand.
 
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "backends/cpu/kernels.hpp"
+#include "backends/cpu/processor.hpp"
 #include "core/error.hpp"
-
-#if defined(QWEN3NEXT_MULTI_ISA) && defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>  // getauxval
-#endif
 
 namespace qwen3next {
 
 namespace cpu {
 
-#if defined(QWEN3NEXT_MULTI_ISA)
-// Defined by kernels_isa.cpp, compiled once for each.
-#if defined(__x86_64__) || defined(_M_X64)
-namespace avx512 {
-const Kernels& kernels() noexcept;
-}
-namespace avx2 {
-const Kernels& kernels() noexcept;
-}
-namespace baseline {
-const Kernels& kernels() noexcept;
-}
-#elif defined(__aarch64__)
-namespace neon_dotprod {
-const Kernels& kernels() noexcept;
-}
-namespace neon {
-const Kernels& kernels() noexcept;
-}
-#else
-namespace baseline {
-const Kernels& kernels() noexcept;
-}
-#endif
-#endif
+// Kernels for one instruction set.  `kernels` is asked only if it is supported here.
+struct Level {
+  const char* name;
+  bool supported;
+  const Kernels& (*kernels)() noexcept;
+};
 
-#if defined(QWEN3NEXT_MULTI_ISA) && defined(__aarch64__)
-inline bool has_dot_product() noexcept {
-#if defined(__linux__)
-  return (getauxval(AT_HWCAP) & (1ul << 20)) != 0;  // HWCAP_ASIMDDP
-#else
-  return false;
-#endif
-}
-#endif
-
-// All kernels that can run here, best first.
-inline std::vector<const Kernels*> usable_kernels() {
-  std::vector<const Kernels*> usable;
-  [[maybe_unused]] auto add = [&](bool supported, const Kernels& (*kernels)() noexcept) {
-    if (supported) usable.push_back(&kernels());
-  };
+// What this program was built with, best first.
 #if !defined(QWEN3NEXT_MULTI_ISA)
-  add(true, native::kernels);
-#elif defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512vnni");
-  add(has_avx512, avx512::kernels);
-  add(has_avx2, avx2::kernels);  // every CPU with AVX2 has F16C
-  add(true, baseline::kernels);
-#elif defined(__aarch64__)
-  add(has_dot_product(), neon_dotprod::kernels);
-  add(true, neon::kernels);
+inline std::vector<Level> levels() { return {{native::kernels().name, true, native::kernels}}; }
 #else
-  add(true, baseline::kernels);
-#endif
-  return usable;
-}
-
-// The kernels called `isa`, or the best if that is empty.
-inline const Kernels& choose_kernels(std::string_view isa) {
-  const std::vector<const Kernels*> usable = usable_kernels();
-  if (isa.empty()) return *usable.front();
-  std::string names;
-  for (const Kernels* k : usable) {
-    if (isa == k->name) return *k;
-    names += (names.empty() ? "" : ", ") + std::string(k->name);
+// Each defined by kernels_isa.cpp, compiled with its flags: cmake/CpuKernels.cmake.
+#define QWEN3NEXT_DECLARE_LEVEL(isa) \
+  namespace isa {                    \
+  const Kernels& kernels() noexcept; \
   }
-  throw Error("no CPU kernels called '" + std::string(isa) + "' run on this machine; there are: " + names);
+#if defined(__x86_64__)
+QWEN3NEXT_DECLARE_LEVEL(avx512)
+QWEN3NEXT_DECLARE_LEVEL(avx2_vnni)
+QWEN3NEXT_DECLARE_LEVEL(avx2)
+QWEN3NEXT_DECLARE_LEVEL(sse4)
+QWEN3NEXT_DECLARE_LEVEL(baseline)
+inline std::vector<Level> levels() {
+  const X86 x = this_x86();
+  return {{"avx512", x.avx512(), avx512::kernels},
+          {"avx2_vnni", x.avx2_vnni(), avx2_vnni::kernels},
+          {"avx2", x.avx2(), avx2::kernels},
+          {"sse4", x.sse4(), sse4::kernels},
+          {"baseline", true, baseline::kernels}};
 }
+#elif defined(__aarch64__)
+QWEN3NEXT_DECLARE_LEVEL(neon_i8mm)
+QWEN3NEXT_DECLARE_LEVEL(neon_dotprod)
+QWEN3NEXT_DECLARE_LEVEL(neon)
+inline std::vector<Level> levels() {
+  const Arm arm = this_arm();
+  return {{"neon_i8mm", arm.dotprod && arm.i8mm, neon_i8mm::kernels},
+          {"neon_dotprod", arm.dotprod, neon_dotprod::kernels},
+          {"neon", true, neon::kernels}};
+}
+#else
+QWEN3NEXT_DECLARE_LEVEL(baseline)
+inline std::vector<Level> levels() { return {{"baseline", true, baseline::kernels}}; }
+#endif
+#undef QWEN3NEXT_DECLARE_LEVEL
+#endif
+
+// The kernels called `isa`, or the best that run here if that is empty.
+inline const Kernels& choose_kernels(std::string_view isa, std::span<const Level> all) {
+  std::string names;
+  bool known = false;
+  for (const Level& level : all) {
+    if (level.supported && (isa.empty() || isa == level.name)) return level.kernels();
+    known = known || isa == level.name;
+    names += (names.empty() ? "" : ", ") + std::string(level.name) + (level.supported ? "" : " (not on this machine)");
+  }
+  throw Error((known ? "this machine cannot run the CPU kernels '" : "there are no CPU kernels called '") +
+              std::string(isa) + "'; choose from " + names);
+}
+inline const Kernels& choose_kernels(std::string_view isa) { return choose_kernels(isa, levels()); }
 
 }  // namespace cpu
 
+// The names of those that run here, best first.
 inline std::vector<std::string_view> available_isas() {
   std::vector<std::string_view> names;
-  for (const cpu::Kernels* k : cpu::usable_kernels()) names.emplace_back(k->name);
+  for (const cpu::Level& level : cpu::levels()) {
+    if (level.supported) names.emplace_back(level.name);
+  }
   return names;
 }
 

@@ -1,53 +1,65 @@
 #pragma once
 // The instruction that quantised weights live on: sums of four int8 products in every 32-bit lane.
 //
-//   AVX-512 VNNI  vpdpbusd                       one instruction, unsigned times signed
-//   AVX-512, AVX2 vpmaddubsw, vpmaddwd, vpaddd   16-bit partial sums: |w| <= 64 keeps them from saturating
-//   NEON          sdot                           signed times signed
-//   elsewhere     plain loops
+//   AVX-512 VNNI, AVX-VNNI  vpdpbusd                       one instruction, unsigned times signed
+//   AVX2, SSSE3             vpmaddubsw, vpmaddwd, vpaddd   16-bit partial sums: |w| <= 64 keeps them from saturating
+//   SSE2                    pmaddwd                        widened to 16 bits before
+//   NEON with dot product   sdot                           signed times signed
+//   NEON                    smull, saddlp
+//   elsewhere               plain loops
 
 #include "backends/cpu/simd.hpp"
-
-#if defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
-#endif
 
 namespace qwen3next::cpu::QWEN3NEXT_ISA {
 namespace QWEN3NEXT_KERNEL_UNIT {
 
 // x86 wants one operand unsigned: panels hold activations + 128 there, and strips the sums to take off again.
-#if defined(__AVX2__)
+#if QWEN3NEXT_X86 && defined(__SSSE3__)
 constexpr int panel_bias = 128;
 #else
 constexpr int panel_bias = 0;
+#endif
+
+// The widest integer vector, and its intrinsics by the part of their names that they share.
+#if defined(__AVX512BW__)
+using Bytes = __m512i;
+#define QWEN3NEXT_MM(name) _mm512_##name
+#elif defined(__AVX2__)
+using Bytes = __m256i;
+#define QWEN3NEXT_MM(name) _mm256_##name
+#elif QWEN3NEXT_X86
+using Bytes = __m128i;
+#define QWEN3NEXT_MM(name) _mm_##name
 #endif
 
 // acc + sum of 4 x w in every lane.  x: four activations (+ panel_bias), the same for all lanes; w: four int8 weights
 // for each lane.  `wide`: weights of all 8 bits.
 template <bool wide>
 QWEN3NEXT_FORCE_INLINE I dot4(I acc, std::int32_t x, const std::int8_t* w) noexcept {
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
-  return I(_mm512_dpbusd_epi32(acc, _mm512_set1_epi32(x), _mm512_loadu_si512(w)));
-#elif defined(__AVX512BW__)
-  const __m512i weights = _mm512_loadu_si512(w), xs = _mm512_set1_epi32(x), ones = _mm512_set1_epi16(1);
-  if constexpr (wide) {  // in two halves of 16-bit products: no room for a sum of two
-    const __m512i even_w = _mm512_srai_epi16(_mm512_slli_epi16(weights, 8), 8), odd_w = _mm512_srai_epi16(weights, 8);
-    const __m512i even_x = _mm512_and_si512(xs, _mm512_set1_epi16(255)), odd_x = _mm512_srli_epi16(xs, 8);
-    return I(
-        _mm512_add_epi32(acc, _mm512_add_epi32(_mm512_madd_epi16(even_w, even_x), _mm512_madd_epi16(odd_w, odd_x))));
-  }
-  return I(_mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(xs, weights), ones)));
-#elif defined(__AVX2__)
-  const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)), xs = _mm256_set1_epi32(x);
-  if constexpr (wide) {
-    const __m256i even_w = _mm256_srai_epi16(_mm256_slli_epi16(weights, 8), 8), odd_w = _mm256_srai_epi16(weights, 8);
-    const __m256i even_x = _mm256_and_si256(xs, _mm256_set1_epi16(255)), odd_x = _mm256_srli_epi16(xs, 8);
-    return I(
-        _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(even_w, even_x), _mm256_madd_epi16(odd_w, odd_x))));
-  }
-  return I(_mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(xs, weights), _mm256_set1_epi16(1))));
+#if QWEN3NEXT_X86
+  const Bytes weights = peek<Bytes>(w), xs = QWEN3NEXT_MM(set1_epi32)(x);
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return I(_mm512_dpbusd_epi32(acc, xs, weights));
+#elif defined(__AVXVNNI__) && !defined(__AVX512BW__)
+  return I(_mm256_dpbusd_avx_epi32(acc, xs, weights));
+#else
+#if defined(__SSSE3__)
+  if constexpr (!wide)
+    return acc + I(QWEN3NEXT_MM(madd_epi16)(QWEN3NEXT_MM(maddubs_epi16)(xs, weights), QWEN3NEXT_MM(set1_epi16)(1)));
+#endif
+  // In two halves of 16-bit factors: 16 bits have no room for a sum of two products.
+  auto even = [](Bytes v) QWEN3NEXT_FORCE_INLINE_LAMBDA { return QWEN3NEXT_MM(slli_epi16)(v, 8); };
+  const Bytes even_w = QWEN3NEXT_MM(srai_epi16)(even(weights), 8), odd_w = QWEN3NEXT_MM(srai_epi16)(weights, 8);
+  const Bytes even_x = panel_bias ? QWEN3NEXT_MM(srli_epi16)(even(xs), 8) : QWEN3NEXT_MM(srai_epi16)(even(xs), 8);
+  const Bytes odd_x = panel_bias ? QWEN3NEXT_MM(srli_epi16)(xs, 8) : QWEN3NEXT_MM(srai_epi16)(xs, 8);
+  return acc + I(QWEN3NEXT_MM(madd_epi16)(even_w, even_x)) + I(QWEN3NEXT_MM(madd_epi16)(odd_w, odd_x));
+#endif
 #elif defined(__ARM_FEATURE_DOTPROD)
   return I(vdotq_s32(acc, vld1q_s8(w), vreinterpretq_s8_s32(vdupq_n_s32(x))));
+#elif defined(__aarch64__)
+  const int8x8_t xs = vreinterpret_s8_s32(vdup_n_s32(x));
+  const int32x4_t low = vpaddlq_s16(vmull_s8(vld1_s8(w), xs)), high = vpaddlq_s16(vmull_s8(vld1_s8(w + 8), xs));
+  return acc + I(vpaddq_s32(low, high));
 #else
   std::int8_t xs[4];
   std::memcpy(xs, &x, 4);
@@ -57,19 +69,44 @@ QWEN3NEXT_FORCE_INLINE I dot4(I acc, std::int32_t x, const std::int8_t* w) noexc
   return acc + load(out);
 #endif
 }
+#undef QWEN3NEXT_MM
 
-// Sums 32 products of int8 weights and int8 activations, the first 16 times `low`, the others times `high`, into
-// some lanes of an accumulator.
+#if QWEN3NEXT_X86 && !defined(__AVX2__)
+// Sums of 16 products of int8 in four lanes.  No saturation: at most 2 * 128 * 127 = 32512 before they are widened.
+QWEN3NEXT_FORCE_INLINE __m128i dot16(const std::int8_t* w, const std::int8_t* x) noexcept {
+  const __m128i wv = peek<__m128i>(w), xv = peek<__m128i>(x);
+#if defined(__SSSE3__)
+  return _mm_madd_epi16(_mm_maddubs_epi16(_mm_abs_epi8(wv), _mm_sign_epi8(xv, wv)), _mm_set1_epi16(1));
+#else
+  auto low = [](__m128i v) { return _mm_srai_epi16(_mm_unpacklo_epi8(v, v), 8); };
+  auto high = [](__m128i v) { return _mm_srai_epi16(_mm_unpackhi_epi8(v, v), 8); };
+  return _mm_add_epi32(_mm_madd_epi16(low(wv), low(xv)), _mm_madd_epi16(high(wv), high(xv)));
+#endif
+}
+#elif defined(__aarch64__)
+QWEN3NEXT_FORCE_INLINE int32x4_t dot16(const std::int8_t* w, const std::int8_t* x) noexcept {
+  const int8x16_t wv = vld1q_s8(w), xv = vld1q_s8(x);
+#if defined(__ARM_FEATURE_DOTPROD)
+  return vdotq_s32(vdupq_n_s32(0), wv, xv);
+#else
+  return vpaddlq_s16(vmlal_high_s8(vmull_s8(vget_low_s8(wv), vget_low_s8(xv)), wv, xv));
+#endif
+}
+#endif
+
+// Sums 32 products of int8 weights and int8 activations (-127..127), the first 16 times `low`, the others times `high`,
+// into some lanes of an accumulator.
 struct Dot32 {
 #if defined(__AVX2__)
   __m256 acc = _mm256_setzero_ps();
 
   QWEN3NEXT_FORCE_INLINE void add(const std::int8_t* w, const std::int8_t* x, float low, float high) noexcept {
-    const __m256i wv = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-    const __m256i xv = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    const __m256i wv = peek<__m256i>(w), xv = peek<__m256i>(x);
     const __m256i absolute = _mm256_abs_epi8(wv), signed_x = _mm256_sign_epi8(xv, wv);  // w x = |w| (sign(w) x)
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), absolute, signed_x);
+#elif defined(__AVXVNNI__)
+    const __m256i sums = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), absolute, signed_x);
 #else
     // At most 2 * 128 * 127 = 32512: no saturation, even for 8-bit weights.
     const __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(absolute, signed_x), _mm256_set1_epi16(1));
@@ -82,16 +119,14 @@ struct Dot32 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
-#elif defined(__ARM_FEATURE_DOTPROD)
-  float32x4_t first = vdupq_n_f32(0), second = vdupq_n_f32(0);
+#elif QWEN3NEXT_X86 || defined(__aarch64__)
+  F first = F(0.0f), second = F(0.0f);  // braces would be a list of lanes
 
   QWEN3NEXT_FORCE_INLINE void add(const std::int8_t* w, const std::int8_t* x, float low, float high) noexcept {
-    const int32x4_t a = vdotq_s32(vdupq_n_s32(0), vld1q_s8(w), vld1q_s8(x));
-    const int32x4_t b = vdotq_s32(vdupq_n_s32(0), vld1q_s8(w + 16), vld1q_s8(x + 16));
-    first = vfmaq_n_f32(first, vcvtq_f32_s32(a), low);
-    second = vfmaq_n_f32(second, vcvtq_f32_s32(b), high);
+    first = xsimd::fma(to_floats(I(dot16(w, x))), F(low), first);
+    second = xsimd::fma(to_floats(I(dot16(w + 16, x + 16))), F(high), second);
   }
-  QWEN3NEXT_FORCE_INLINE float total() const noexcept { return vaddvq_f32(vaddq_f32(first, second)); }
+  QWEN3NEXT_FORCE_INLINE float total() const noexcept { return sum(first + second); }
 #else
   float acc = 0;
 

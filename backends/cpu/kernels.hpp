@@ -1,9 +1,9 @@
 #pragma once
 // All kernels, compiled for one instruction set: the macro QWEN3NEXT_ISA names its namespace.
 //
-//   one object per ISA   kernels_isa.cpp defines QWEN3NEXT_ISA as avx512, avx2, baseline or neon; nothing but
-//                        kernels() leaves the object (tests/ops/check_exported_symbols.sh), so no code compiled for a
-//                        newer CPU can stand in for a function of the same name elsewhere
+//   one object per ISA   kernels_isa.cpp, with QWEN3NEXT_ISA a name of cmake/CpuKernels.cmake; nothing but kernels()
+//                        leaves the object (tests/ops/check_exported_symbols.sh), so no code compiled for a newer CPU
+//                        can stand in for a function of the same name elsewhere
 //   header-only          the macro is undefined: namespace `native`, ordinary inline functions, the user's flags
 //   QWEN3NEXT_MULTI_ISA  links the objects and sees the table's type alone
 //

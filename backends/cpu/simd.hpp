@@ -13,8 +13,15 @@
 #include <cstring>
 #include <xsimd/xsimd.hpp>
 
-#if defined(__AVX2__)
+// x86 with integer vectors as wide as the float ones.  AVX alone has them half as wide: portable code serves it.
+#if defined(__AVX2__) || (defined(__SSE2__) && !defined(__AVX__))
+#define QWEN3NEXT_X86 1
 #include <immintrin.h>
+#else
+#define QWEN3NEXT_X86 0
+#endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "blocks/dtype.hpp"
@@ -65,7 +72,7 @@ QWEN3NEXT_FORCE_INLINE I round_to_ints(F v) noexcept {
   return I(_mm512_cvtps_epi32(v));
 #elif defined(__AVX2__)
   return I(_mm256_cvtps_epi32(v));
-#elif defined(__SSE2__)
+#elif QWEN3NEXT_X86
   return I(_mm_cvtps_epi32(v));
 #elif defined(__aarch64__)
   return I(vcvtnq_s32_f32(v));
@@ -135,6 +142,8 @@ QWEN3NEXT_FORCE_INLINE T peek(const void* p) noexcept {
 QWEN3NEXT_FORCE_INLINE float half_to_float(std::uint16_t h) noexcept {
 #if defined(__F16C__)
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+#elif defined(__aarch64__)
+  return static_cast<float>(__builtin_bit_cast(__fp16, h));
 #else
   const std::uint32_t magnitude = (h & 0x7fffu) << 13;
   float f = __builtin_bit_cast(float, magnitude) * 0x1p112f;
@@ -146,6 +155,8 @@ QWEN3NEXT_FORCE_INLINE float half_to_float(std::uint16_t h) noexcept {
 QWEN3NEXT_FORCE_INLINE std::uint16_t float_to_half(float f) noexcept {
 #if defined(__F16C__)
   return static_cast<std::uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(f), _MM_FROUND_TO_NEAREST_INT)));
+#elif defined(__aarch64__)
+  return __builtin_bit_cast(std::uint16_t, static_cast<__fp16>(f));
 #else
   const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, f), magnitude = bits & 0x7fffffffu;
   std::uint32_t h;
@@ -174,6 +185,10 @@ QWEN3NEXT_FORCE_INLINE F load_stored(const std::byte* p) noexcept {
 #elif defined(__AVX2__)
     return as_floats(
         I(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16)));
+#elif QWEN3NEXT_X86
+    return as_floats(I(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__aarch64__)
+    return F(vreinterpretq_f32_u32(vshll_n_u16(peek<uint16x4_t>(p), 16)));
 #else
     alignas(64) std::uint32_t bits[lanes];
     std::uint16_t in[lanes];
@@ -188,6 +203,8 @@ QWEN3NEXT_FORCE_INLINE F load_stored(const std::byte* p) noexcept {
     return F(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
     return F(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+    return F(vcvt_f32_f16(peek<float16x4_t>(p)));
 #else
     alignas(64) float out[lanes];
     std::uint16_t in[lanes];

@@ -122,6 +122,7 @@ says "--memory"
 try 1 run "$toy" -p hi --gpu-memory 1GiB
 try 1 run "$toy" -p hi --mtp 2
 try 1 run "$toy" -p hi --isa vax
+says "'vax'; choose from "
 try 1 run "$toy" -p hi --backend reference --isa avx2
 try 1 run "$toy" -p hi --backend reference --kv q8_0
 try 1 run "$toy" -p hi --top-p 2

@@ -12,20 +12,20 @@
 #include "backends/cpu/cpu_backend.hpp"
 #include "backends/reference/reference_backend.hpp"
 #include "blocks/codec.hpp"
+#include "tests/ops/levels.hpp"
 
 using namespace qwen3next;
 
 namespace {
 
 CpuBackend cpu_backend(std::string_view isa, int threads = 2, KvType kv = KvType::f16) {
-  CpuOptions options = resolve_cpu_options(std::string(isa), threads);
-  options.kv = kv;
-  return CpuBackend(options);
+  return CpuBackend({&cpu::choose_kernels(isa, test::tested_levels()), threads, kv});
 }
 
 template <class F>
 void on_every_isa(F f) {
-  for (std::string_view isa : available_isas()) {
+  for (const cpu::Level& level : test::tested_levels()) {
+    const std::string_view isa = level.name;
     CAPTURE(isa);
     f(isa);
   }
@@ -615,11 +615,4 @@ TEST_CASE("linear: the thread count changes nothing; a row's result hardly depen
         CHECK(steps == y);
     }
   });
-}
-
-TEST_CASE("dispatch: names") {
-  CHECK(!available_isas().empty());
-  CHECK(cpu::choose_kernels("").name == available_isas().front());
-  CHECK_THROWS_WITH_AS(cpu::choose_kernels("mmx"), doctest::Contains(std::string(available_isas().front()).c_str()),
-                       Error);
 }
