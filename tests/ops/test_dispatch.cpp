@@ -2,6 +2,7 @@
 
 #include <doctest/doctest.h>
 
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -29,18 +30,17 @@ std::string runs(const X86& x) {
          (x.avx512() ? "avx512 " : "");
 }
 
+// Tables with nothing but a name.
+const cpu::Kernels& named(const char* name) noexcept {
+  static cpu::Kernels table{};
+  table.name = name;
+  return table;
+}
+const cpu::Kernels& first() noexcept { return named("first"); }
+const cpu::Kernels& second() noexcept { return named("second"); }
 const cpu::Kernels& never() noexcept {
-  static const cpu::Kernels none{};
-  FAIL("asked for kernels that are not supported");
-  return none;
-}
-const cpu::Kernels& first() noexcept {
-  static const cpu::Kernels table{.name = "first"};
-  return table;
-}
-const cpu::Kernels& second() noexcept {
-  static const cpu::Kernels table{.name = "second"};
-  return table;
+  FAIL_CHECK("asked for kernels that are not supported");
+  return named("never");
 }
 
 }  // namespace
