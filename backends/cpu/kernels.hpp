@@ -36,7 +36,7 @@ constexpr void use(Kernels& k, DType type) {
   const auto i = static_cast<std::size_t>(type);
   k.row_product[i] = row_product<Type>;
   k.pack_strip[i] = pack_strip<Type>;
-  k.strip_product[i] = strip_product<Type>;
+  k.strip_product[i] = strip_product<FormOf<Type>>;
 }
 
 constexpr Kernels make_table() {

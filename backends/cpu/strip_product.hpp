@@ -91,7 +91,16 @@ QWEN3NEXT_FORCE_INLINE F sum16(const std::byte* x) noexcept {
   return to_floats(sum);
 }
 
-template <class Type, int T>
+// All that a product needs to know of a type once its blocks are unpacked; types of one form share its code.
+template <int group_size, bool minima, bool wide_weights>
+struct StripForm {
+  static constexpr int group = group_size;
+  static constexpr bool has_min = minima, wide = wide_weights;
+};
+template <class Type>
+using FormOf = StripForm<Type::group, Type::has_min, Type::wide>;
+
+template <class Form, int T>
 void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel, float* y,
                 std::ptrdiff_t y_stride) noexcept {
   constexpr int vector = 4 * lanes;
@@ -100,34 +109,34 @@ void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel,
   for (int t = 0; t < T; ++t) acc[t] = F(0.0f);
   for (int b = 0; b < n / 32; ++b, panel += 40 * T) {
     const std::byte *d = panel + 32 * T, *s = panel + 36 * T;
-    for (int half = 0; half < 32 / Type::group; ++half) {
-      const I start = load(reinterpret_cast<const std::int32_t*>(strip + Type::group * lanes + vector));
+    for (int half = 0; half < 32 / Form::group; ++half) {
+      const I start = load(reinterpret_cast<const std::int32_t*>(strip + Form::group * lanes + vector));
       I sums[T];
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) sums[t] = start;
 #pragma GCC unroll 8
-      for (int k = 0; k < Type::group / 4; ++k) {
-        const std::byte* x = panel + (half * Type::group + 4 * k) * T;
+      for (int k = 0; k < Form::group / 4; ++k) {
+        const std::byte* x = panel + (half * Form::group + 4 * k) * T;
 #pragma GCC unroll 16
         for (int t = 0; t < T; ++t) {
-          sums[t] = dot4<Type::wide>(sums[t], peek<std::int32_t>(x + 4 * t),
+          sums[t] = dot4<Form::wide>(sums[t], peek<std::int32_t>(x + 4 * t),
                                      reinterpret_cast<const std::int8_t*>(strip + k * vector));
         }
       }
-      const F scale = load(reinterpret_cast<const float*>(strip + Type::group * lanes));
+      const F scale = load(reinterpret_cast<const float*>(strip + Form::group * lanes));
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) acc[t] = xsimd::fma(to_floats(sums[t]), scale * F(peek<float>(d + 4 * t)), acc[t]);
-      if constexpr (Type::has_min) {
-        const F min = load(reinterpret_cast<const float*>(strip + Type::group * lanes + 2 * vector));
+      if constexpr (Form::has_min) {
+        const F min = load(reinterpret_cast<const float*>(strip + Form::group * lanes + 2 * vector));
 #pragma GCC unroll 16
         for (int t = 0; t < T; ++t) {
-          if constexpr (Type::group == 32)
+          if constexpr (Form::group == 32)
             acc[t] = xsimd::fma(min, F(peek<float>(s + 4 * t)), acc[t]);
           else
             acc[t] = xsimd::fma(min, F(peek<float>(d + 4 * t)) * sum16<T>(panel + 16 * T * half + 4 * t), acc[t]);
         }
       }
-      strip += Type::group * lanes + (Type::has_min ? 3 : 2) * vector;
+      strip += Form::group * lanes + (Form::has_min ? 3 : 2) * vector;
     }
   }
 #pragma GCC unroll 16
@@ -135,14 +144,14 @@ void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel,
 }
 
 // y[t, r] for one strip and one panel of 1 <= T <= max_panel tokens.
-template <class Type, int T = max_panel>
+template <class Form, int T = max_panel>
 void strip_product(const std::byte* strip, int rows, int n, const std::byte* panel, int tokens, float* y,
                    std::ptrdiff_t y_stride) noexcept {
   if constexpr (T > 0) {
     if (tokens == T)
-      strip_tile<Type, T>(strip, rows, n, panel, y, y_stride);
+      strip_tile<Form, T>(strip, rows, n, panel, y, y_stride);
     else
-      strip_product<Type, T - 1>(strip, rows, n, panel, tokens, y, y_stride);
+      strip_product<Form, T - 1>(strip, rows, n, panel, tokens, y, y_stride);
   }
 }
 
