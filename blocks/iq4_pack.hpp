@@ -16,29 +16,30 @@ namespace detail {
 struct IQ4Levels {
   static constexpr int low = iq4_levels.front(), high = iq4_levels.back();
 
-  // Where rounding changes from one level to the next, and by how much.
-  static constexpr std::array<float, 15> middle = [] {
-    std::array<float, 15> m{};
-    for (std::size_t i = 0; i < 15; ++i) m[i] = static_cast<float>(iq4_levels[i] + iq4_levels[i + 1]) / 2;
-    return m;
-  }();
-  static constexpr std::array<std::uint8_t, 256> codes = [] {
-    std::array<std::uint8_t, 256> c{};
-    for (std::size_t i = 0; i < 16; ++i)
-      c[static_cast<std::size_t>(iq4_levels[i] + 128)] = static_cast<std::uint8_t>(i);
-    return c;
+  // The nearest level and its index, for every half from -128: what lies between two halves has the same.
+  struct Nearest {
+    std::array<float, 512> level;
+    std::array<std::uint8_t, 512> index;
+  };
+  static constexpr Nearest nearest = [] {
+    Nearest n{};
+    for (std::size_t i = 0, code = 0; i < 512; ++i) {
+      const int middle = 2 * static_cast<int>(i) - 511;  // of the interval, in quarters
+      if (code < 15 && middle > 2 * (iq4_levels[code] + iq4_levels[code + 1])) ++code;
+      n.level[i] = iq4_levels[code], n.index[i] = static_cast<std::uint8_t>(code);
+    }
+    return n;
   }();
 
   static void round(PackVector& v) noexcept {
-    PackVector level = spread(low);
-    for (std::size_t i = 0; i < 15; ++i) {
-      const auto gap = static_cast<float>(iq4_levels[i + 1] - iq4_levels[i]);
-      level += v > spread(middle[i]) ? spread(gap) : PackVector{};
-    }
-    v = level;
+    const PackVector lower = spread(low), upper = spread(high);
+    v = v > lower ? v : lower;
+    v = v < upper ? v : upper;
+    v = 2 * v + 256;
+    for (int k = 0; k < pack_lanes; ++k) v[k] = nearest.level[static_cast<std::size_t>(static_cast<int>(v[k]))];
   }
   static std::uint8_t code(float level) noexcept {
-    return codes[static_cast<std::size_t>(static_cast<int>(level) + 128)];
+    return nearest.index[static_cast<std::size_t>(static_cast<int>(level) * 2 + 256)];
   }
 };
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "blocks/half.hpp"
+#include "blocks/scale_search.hpp"
 
 namespace qwen3next {
 
@@ -26,7 +27,7 @@ inline void unpack(const BlockQ8_0& b, float* y) noexcept {
 inline void pack(const float* x, const float* /*importance*/, BlockQ8_0& b) noexcept {
   float largest = 0;
   for (int j = 0; j < 32; ++j) largest = std::fabs(x[j]) > largest ? std::fabs(x[j]) : largest;
-  b.d = f32_to_f16(largest / 127);
+  b.d = f32_to_f16(detail::storable(largest / 127));
   const float d = f16_to_f32(b.d);
   const float inverse = d > 0 ? 1 / d : 0;
   for (int j = 0; j < 32; ++j) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "blocks/half.hpp"
 
@@ -120,6 +121,7 @@ template <class Spec>
 class ScaleSearch {
   static constexpr int n = Spec::elements;
   static constexpr bool has_offset = Spec::has_offset;
+  static constexpr int survivors = 4;
   using Levels = typename Spec::Levels;
   using Block = MeasuredBlock<Levels, n>;
   using V = PackVector;
@@ -129,23 +131,35 @@ class ScaleSearch {
   std::uint8_t code[n];
 
   ScaleSearch(const float* x, const float* importance) noexcept : block_(x, importance), least_(block_.sum_wxx) {
+    // Each start's solution, and the error that it would have if levels stayed and F16 were exact.
+    float scales[Spec::starts], offsets[Spec::starts], errors[Spec::starts];
     for (int first = 0; first < Spec::starts; first += pack_lanes) {
       V s, o{};
       for (int k = 0; k < pack_lanes; ++k) start(first + k, k, s, o);
       typename Block::Sums sums;
       block_.template measure<has_offset>(s, o, sums);
-      for (int round = 0; round < 2; ++round) {
-        solve(sums, s, o);
-        for (int k = 0; k < pack_lanes; ++k) {
-          s[k] = storable(s[k]);
-          if constexpr (has_offset) o[k] = storable(o[k]);
-        }
-        block_.template measure<has_offset>(s, o, sums);
-        for (int k = 0; k < pack_lanes; ++k) {
-          if (!(sums.ee[k] < least_)) continue;
-          least_ = sums.ee[k], scale = s[k], offset = o[k];
-        }
+      const V error = solve(sums, s, o);
+      for (int k = 0; k < pack_lanes; ++k)
+        scales[first + k] = s[k], offsets[first + k] = o[k], errors[first + k] = error[k];
+    }
+    V s, o{};
+    for (int k = 0; k < survivors; ++k) {
+      const auto best = std::min_element(errors, errors + Spec::starts) - errors;
+      for (int lane = k; lane < pack_lanes; lane += survivors) s[lane] = scales[best], o[lane] = offsets[best];
+      errors[best] = std::numeric_limits<float>::infinity();
+    }
+    for (int round = 0; round < 2; ++round) {
+      for (int k = 0; k < pack_lanes; ++k) {
+        s[k] = storable(s[k]);
+        if constexpr (has_offset) o[k] = storable(o[k]);
       }
+      typename Block::Sums sums;
+      block_.template measure<has_offset>(s, o, sums);
+      for (int k = 0; k < survivors; ++k) {
+        if (!(sums.ee[k] < least_)) continue;
+        least_ = sums.ee[k], scale = s[k], offset = o[k];
+      }
+      solve(sums, s, o);
     }
     block_.codes(scale, offset, code);
   }
@@ -165,16 +179,21 @@ class ScaleSearch {
     }
   }
 
-  // The best scale and offset for the levels that were measured.
-  void solve(const typename Block::Sums& m, V& s, V& o) const noexcept {
+  // The best scale and offset for the levels that were measured; the error that they leave.
+  V solve(const typename Block::Sums& m, V& s, V& o) const noexcept {
     const V zero{}, one = spread(1);
     if constexpr (has_offset) {
       const V det = block_.sum_w * m.qq - m.q * m.q;
       const V divisor = det > zero ? det : one;
-      s += det > zero ? (block_.sum_w * m.qe - m.q * m.e) / divisor : zero;
-      o += det > zero ? (m.qq * m.e - m.q * m.qe) / divisor : zero;
+      const V more = det > zero ? (block_.sum_w * m.qe - m.q * m.e) / divisor : zero;
+      const V higher = det > zero ? (m.qq * m.e - m.q * m.qe) / divisor : zero;
+      s += more;
+      o += higher;
+      return m.ee - more * m.qe - higher * m.e;
     } else {
-      s += m.qe / (m.qq > zero ? m.qq : one);
+      const V more = m.qe / (m.qq > zero ? m.qq : one);
+      s += more;
+      return m.ee - more * m.qe;
     }
   }
 
