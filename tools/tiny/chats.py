@@ -42,20 +42,29 @@ SOUNDS = {"dog": "woof", "cat": "meow", "cow": "moo", "sheep": "baa", "duck": "q
           "bee": "buzz", "frog": "ribbit", "mouse": "squeak", "owl": "hoot", "hen": "cluck", "horse": "neigh"}
 OPPOSITES = ("big small|hot cold|happy sad|fast slow|up down|day night|old young|wet dry|full empty|loud quiet|hard soft|"
              "light dark|open closed|near far|tall short|clean dirty|early late|good bad|long short|heavy light").split("|")
+YOUNG = {"dog": "puppy", "cat": "kitten", "cow": "calf", "sheep": "lamb", "horse": "foal", "duck": "duckling", "hen": "chick",
+         "goat": "kid", "bear": "cub", "lion": "cub", "frog": "tadpole", "pig": "piglet", "fox": "cub", "deer": "fawn"}
+LEGS = {"two": "bird duck hen owl penguin parrot", "four": "dog cat cow horse pig sheep lion frog mouse rabbit fox bear elephant",
+        "six": "bee ant butterfly", "eight": "spider", "no": "snake fish worm whale shark dolphin"}
+HOMES = {"in the water": "fish whale shark dolphin crab", "in the forest": "bear fox deer wolf squirrel owl", "on a farm": "cow pig hen sheep goat horse",
+         "in a nest": "bird", "in a hive": "bee", "in the jungle": "monkey tiger parrot", "in the desert": "camel", "in a pond": "frog duck",
+         "in a hole in the ground": "rabbit mouse worm"}
+DIETS = {"cow": "grass", "rabbit": "carrots and grass", "monkey": "bananas and other fruit", "horse": "grass and hay", "squirrel": "nuts",
+         "mouse": "seeds and cheese", "bear": "fish and honey", "cat": "fish and meat", "dog": "meat and bones", "sheep": "grass",
+         "bird": "seeds and worms", "frog": "flies", "lion": "meat", "elephant": "leaves and grass", "spider": "flies"}
+TINTS = {"the sky": "blue", "grass": "green", "snow": "white", "a banana": "yellow", "a lemon": "yellow", "a carrot": "orange", "milk": "white",
+         "the sun": "yellow", "a frog": "green", "a leaf": "green", "the sea": "blue", "coal": "black", "a strawberry": "red",
+         "a cloud": "white", "an orange": "orange", "the night sky": "black", "a fire truck": "red", "an elephant": "grey", "a tomato": "red",
+         "a pig": "pink", "a cherry": "red", "chocolate": "brown"}
+USES = {"a spoon": "eat soup", "a knife": "cut bread", "a key": "open a door", "a pencil": "write and draw", "a bed": "sleep", "a lamp": "see in the dark",
+        "a clock": "see what time it is", "a boat": "cross the water", "an umbrella": "stay dry in the rain", "a broom": "sweep the floor",
+        "a cup": "drink", "a bike": "ride", "a ball": "play", "soap": "wash your hands", "a towel": "get dry", "a book": "read"}
+CAPITALS = {"France": "Paris", "England": "London", "Italy": "Rome", "Germany": "Berlin", "Spain": "Madrid", "Japan": "Tokyo", "China": "Beijing",
+            "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens", "India": "New Delhi", "Ireland": "Dublin", "Canada": "Ottawa"}
 FACTS = {  # question (several spellings) -> answer
-    "What color is the sky?|What color is the sky on a sunny day?": "The sky is blue.",
-    "What color is grass?|What color is the grass?": "Grass is green.",
-    "What color is the sun?": "The sun looks yellow.",
-    "What color is snow?": "Snow is white.",
-    "What color is a banana?": "A banana is yellow.",
-    "How many legs does a dog have?|How many legs does a cat have?": "It has four legs.",
-    "How many legs does a spider have?": "A spider has eight legs.",
-    "How many legs does a bird have?": "A bird has two legs.",
     "How many days are in a week?|How many days does a week have?": "There are seven days in a week.",
     "How many months are in a year?": "There are twelve months in a year.",
     "What do bees make?": "Bees make honey.",
-    "What do cows eat?": "Cows eat grass.",
-    "What do rabbits like to eat?": "Rabbits like to eat carrots and grass.",
     "Where do fish live?": "Fish live in the water.",
     "Where do birds sleep?": "Many birds sleep in trees.",
     "What is the opposite of yes?": "The opposite of yes is no.",
@@ -64,24 +73,40 @@ FACTS = {  # question (several spellings) -> answer
     "What is ice?|What is ice made of?": "Ice is frozen water.",
     "What is the sun?": "The sun is a star. It gives us light and warmth.",
     "What is the moon?": "The moon is a big ball of rock that goes around the Earth.",
-    "What is a baby dog called?": "A baby dog is called a puppy.",
-    "What is a baby cat called?": "A baby cat is called a kitten.",
-    "What is a baby cow called?": "A baby cow is called a calf.",
     "What do plants need to grow?": "Plants need water, light and air.",
     "What do you do with a book?": "You read a book.",
     "When do we sleep?": "We sleep at night.",
-    "What is the capital of France?": "The capital of France is Paris.",
-    "What is the capital of England?": "The capital of England is London.",
-    "What is the capital of Italy?": "The capital of Italy is Rome.",
-    "What is the capital of Germany?": "The capital of Germany is Berlin.",
-    "What is the capital of Spain?": "The capital of Spain is Madrid.",
-    "What is the capital of Japan?": "The capital of Japan is Tokyo.",
     "What is the largest animal?|What is the biggest animal?": "The blue whale is the biggest animal.",
     "Which animal has a long trunk?": "An elephant has a long trunk.",
     "Which animal has a long neck?": "A giraffe has a long neck.",
     "Can fish fly?": "Most fish cannot fly. They swim.",
     "Can birds fly?": "Yes, most birds can fly.",
     "Can dogs fly?|Can pigs fly?": "No, they cannot fly.",
+    "What is water?": "Water is what we drink, and what rain, rivers and seas are made of.",
+    "What is fire?": "Fire is hot and bright. Do not touch it!",
+    "What is a friend?": "A friend is somebody who likes you and helps you.",
+    "What is love?": "Love is when you care very much about somebody.",
+    "What is a book?": "A book has pages with words and pictures that tell a story.",
+    "What is a tree?": "A tree is a tall plant with a trunk, branches and leaves.",
+    "What is a dragon?": "A dragon is an animal in stories. It has wings and breathes fire.",
+    "What is a school?": "A school is a place where children learn.",
+    "What is the sea?": "The sea is a very big place full of salty water.",
+    "Why do we sleep?": "We sleep so that our bodies can rest.",
+    "Why do we eat?": "We eat so that we can grow and be strong.",
+    "Why is the sky blue?": "The air scatters the blue light of the sun, so the sky looks blue.",
+    "What comes after the night?": "After the night comes the morning.",
+    "When does the sun rise?|When does the sun come up?": "The sun comes up in the morning.",
+    "When is it cold?|When does it snow?": "It is cold in winter, and sometimes it snows.",
+    "How many fingers do I have?|How many fingers does a hand have?": "A hand has five fingers. Two hands have ten.",
+    "How many seasons are there?|What are the seasons?": "There are four seasons: spring, summer, autumn and winter.",
+    "What is your favorite color?": "I like blue, as blue as the sky.",
+    "What is your favorite animal?": "I like foxes, because there are so many stories about them.",
+    "Are dragons real?": "No, dragons live only in stories.",
+    "Who lives in a castle?": "A king and a queen live in a castle.",
+    "Who helps sick people?|Who helps us when we are sick?": "A doctor helps people who are sick.",
+    "Who teaches children?": "A teacher teaches children.",
+    "I am scared.|I am afraid.": "It is all right to be scared. Take a deep breath. I am here to talk.",
+    "I love you.|I like you.": "That is very kind. I like talking with you, too.",
     "What can I do when I am sad?|I am sad.|I feel sad today.": "I am sorry that you are sad. Maybe a hug, a walk or a story will help.",
     "I am happy today.|I am so happy!": "That is wonderful! I am happy for you.",
     "I am tired.|I am sleepy.": "Then it is time to rest. Sleep well!",
@@ -112,8 +137,10 @@ SMALL_TALK = {
     "Bye|Goodbye!|Bye bye!|See you later.|See you!": ["Goodbye! Have a nice day.", "Bye! See you soon."],
     "Do you like me?|Are you my friend?|Will you be my friend?": ["Yes, I would love to be your friend."],
     "Do you like stories?|What do you like?": ["Yes, I like stories very much. Shall I tell you one?", "I like stories with a happy ending."],
-    "Tell me a joke.|Do you know a joke?": ["Why did the cookie go to the doctor? Because it felt crumbly!",
-                                            "What do you call a sleeping dinosaur? A dino-snore!"],
+    "Tell me a joke.|Do you know a joke?|Make me laugh.": [
+        "Why did the cookie go to the doctor? Because it felt crumbly!", "What do you call a sleeping dinosaur? A dino-snore!",
+        "Why did the banana go to the doctor? It was not peeling well!", "What has ears but cannot hear? A corn field!",
+        "Why are fish so smart? Because they swim in schools!", "What do you call a bear with no teeth? A gummy bear!"],
     "What is the weather today?|What time is it?|What day is it?|Where am I?|What is in the news?": [
         "I am sorry, I cannot know that. I only know what you tell me."],
     "Write a program in Python.|Who won the election?|What is the meaning of quantum physics?|Explain the theory of relativity.|"
@@ -126,6 +153,8 @@ STORY_REQUESTS = ["Tell me a story about {x}.", "Can you tell me a story about {
                   "Make up a story about {x}.", "I would like a bedtime story about {x}.", "A story about {x}, please."]
 PLAIN_REQUESTS = ["Tell me a story.", "Tell me a story!", "Please tell me a story.", "Can you tell me a story?", "Write a short story.",
                   "I want to hear a story.", "Tell me a bedtime story.", "Tell me another story.", "Write a story for children."]
+NO_SUBJECT = set("day time way end lot morning evening afternoon night next other others first best same air ground top bottom side "
+                 "middle corner idea moment while bit one two three rest more most last wood music water milk food sand dark thing".split())
 LEXICON = set(ANIMALS + THINGS + "mom dad brother sister grandma grandpa boy girl baby fire water wind seed tower".split())
 
 
@@ -144,6 +173,35 @@ def arithmetic(rng):
         return rng.choice([f"What is {a} plus {b}?", f"What is {a} + {b}?", f"How much is {a} + {b}?"]), f"{a} + {b} = {a + b}."
     a, b = max(a, b), min(a, b)
     return rng.choice([f"What is {a} minus {b}?", f"What is {a} - {b}?", f"How much is {a} - {b}?"]), f"{a} - {b} = {a - b}."
+
+
+def plain_fact(rng):
+    """One question with its answer from the tables of colours, animals, tools and capitals."""
+    kind = rng.randrange(7)
+    if kind == 0:
+        thing, colour = rng.choice(list(TINTS.items()))
+        return rng.choice([f"What color is {thing}?", f"Which color is {thing}?", f"Tell me the color of {thing}."]), \
+            f"{thing[0].upper() + thing[1:]} is {colour}."
+    if kind == 1:
+        animal, young = rng.choice(list(YOUNG.items()))
+        return rng.choice([f"What is a baby {animal} called?", f"What do you call a baby {animal}?"]), f"A baby {animal} is called a {young}."
+    if kind == 2:
+        legs = rng.choice(list(LEGS)); animal = rng.choice(LEGS[legs].split())
+        return rng.choice([f"How many legs does {article(animal)} have?", f"How many legs has {article(animal)}?"]), \
+            f"{article(animal).capitalize()} has {legs} legs."
+    if kind == 3:
+        home = rng.choice(list(HOMES)); animal = rng.choice(HOMES[home].split())
+        return f"Where does {article(animal)} live?", f"{article(animal).capitalize()} lives {home}."
+    if kind == 4:
+        animal, food = rng.choice(list(DIETS.items()))
+        return rng.choice([f"What does {article(animal)} eat?", f"What does {article(animal)} like to eat?"]), \
+            f"{article(animal).capitalize()} likes to eat {food}."
+    if kind == 5:
+        thing, use = rng.choice(list(USES.items()))
+        return rng.choice([f"What is {thing} for?", f"What do you do with {thing}?", f"What can I do with {thing}?"]), \
+            f"With {thing} you can {use}."
+    country, city = rng.choice(list(CAPITALS.items()))
+    return rng.choice([f"What is the capital of {country}?", f"Which city is the capital of {country}?"]), f"The capital of {country} is {city}."
 
 
 def small_question(rng):
@@ -199,10 +257,19 @@ def chat(rng):
     turns = [("system", rng.choice(SYSTEMS))] if rng.random() < 0.25 else []
     for _ in range(rng.choice([1, 1, 1, 2, 2, 3, 4])):
         p = rng.random()
-        q, a = (say(rng, SMALL_TALK) if p < 0.4 else small_question(rng) if p < 0.75 else say(rng, FACTS) if p < 0.88
-                else copy_request(rng))
-        turns += [("user", q), ("assistant", a)]
+        q, a = (say(rng, SMALL_TALK) if p < 0.35 else small_question(rng) if p < 0.6 else plain_fact(rng) if p < 0.75
+                else say(rng, FACTS) if p < 0.88 else copy_request(rng))
+        turns += [("user", as_typed(rng, q) if p < 0.88 else q), ("assistant", a)]
     return turns
+
+
+def as_typed(rng, question):
+    """The question as people type it: now and then with a greeting before it, in lower case, or without its last mark."""
+    if rng.random() < 0.12 and not question.lower().startswith(("hi", "hello", "hey", "good", "bye")):
+        question = rng.choice(["Hello! ", "Hi! ", "Hi, ", "Hello, ", "Hey! ", "Please tell me: ", "I have a question. "]) + question
+    if rng.random() < 0.1:
+        question = question.lower()
+    return question.rstrip("?.!") if rng.random() < 0.1 else question
 
 
 def counting(rng):
@@ -237,7 +304,9 @@ def name_swap(rng, text):
 def subjects(rng, story):
     """One or two things that the story is about, as a noun phrase, or None."""
     head, words = story[:400].lower(), re.findall(r"[a-z]+", story.lower())
-    nouns = sorted({w for w in words if w in LEXICON and words.count(w) >= 2 and w in head}, key=lambda w: (-words.count(w), w))[:4]
+    closing = set(re.findall(r"\b(?:a|an|the|his|her) ([a-z]{2,}[a-rt-z])[.,!?]", story)) - NO_SUBJECT  # ends a noun phrase
+    nouns = sorted({w for w in words if (w in LEXICON or w in closing) and words.count(w) >= 2 and w in head},
+                   key=lambda w: (-words.count(w), w))[:4]
     named = re.search(r"(?:named|called|name was) ([A-Z][a-z]+)", story)
     who = named[1] if named else None
     kind = re.search(r"\b(?:a|an) ((?:little|small|big|old|young|brave|kind|clever|tiny|happy|sad|lazy|curious|smart) )?(\w+)", head)

@@ -82,9 +82,12 @@ def tokenizer_config():
                 for i, s in enumerate(ADDED)}}
 
 
-def prepare(corpus, out, seed=1, variants=3, limit=None, log=print):
-    """Write out/tokenizer.json, out/tokens.npz (one flat uint16 array and its document offsets per stream) and out/data.json."""
+def prepare(corpus, out, seed=1, variants=3, limit=None, tokenizer=None, log=print):
+    """Write out/tokenizer.json (a copy of `tokenizer` if that is given), out/tokens.npz (one flat uint16 array and its document
+    offsets per stream) and out/data.json."""
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
+    if tokenizer:
+        (out / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
     rng = random.Random(seed)
     docs, hashes = read_corpus(corpus)
     stories = docs["stories-train"] + docs["stories-extra"] + docs["stories-asp"]
@@ -94,7 +97,7 @@ def prepare(corpus, out, seed=1, variants=3, limit=None, log=print):
     dialogue_valid = [d for d in docs["dialogue"] if held_out(d, 2)]
     if limit:  # a short run through everything
         stories, books, dialogue = stories[:limit], books[:limit // 20 + 2], dialogue[:limit]
-    talk = [chats.chat(rng) for _ in range(limit or 24000)]
+    talk = [chats.chat(rng) for _ in range(limit or 40000)]
     sample = rng.sample(books, min(len(books), 900))
     tokenizer_file = out / "tokenizer.json"
     if not tokenizer_file.exists():
@@ -190,9 +193,15 @@ def recall(data, rng, length, asks=None):
     if length < fixed + 20 and asks:
         asked, picked = asked[:1], [i for i in picked if i == asked[0]]
     filler, room = [], (0 if dense and rng.random() < 0.7 else length - fixed)
-    source = "story_chat" if chat else "story"
+    # stories between the facts when measured; in training mostly texts of which there are more
+    usual = "story_chat" if chat else "story"
+    other = usual if asks or rng.random() < 0.2 else "talk" if chat else "books"
     while room > 24:
+        source = other if rng.random() < 0.9 else usual
         d = data.doc(source, int(rng.integers(data.count(source))))[:-1]
+        if source == "books" and len(d) > 600:
+            start = int(rng.integers(len(d) - 600))
+            d = d[start:start + int(rng.integers(100, 600))]
         if len(d) > room - 4:
             if asks is None and len(filler) and rng.random() < 0.7:
                 break
