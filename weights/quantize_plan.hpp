@@ -37,27 +37,39 @@ enum class Role : std::uint8_t {
   other,
 };
 
-// A file type: which type each role gets.  Those of K quants are llama.cpp's mixtures, with two exceptions: `gates`,
-// and the MTP block, 2 % of the model, whose drafts are accepted less often long before the text suffers.
+// A file type: which type each role gets.  They are llama.cpp's mixtures, with two exceptions: `gates`, and the MTP
+// block, 2 % of the model, whose drafts are accepted less often long before the text suffers.
 struct Mix {
+  // Where `value` and `down` get the first of their two types.
+  enum class More : std::uint8_t {
+    half,   // of the layers: the first and the last eighth, and every third between
+    early,  // the first eighth
+  };
+
   std::string_view name;
-  std::uint32_t file_type;  // general.file_type
+  std::uint32_t file_type;  // general.file_type, llama.cpp's LLAMA_FTYPE_MOSTLY_*
   DType base, output, gates;
-  DType sensitive_more, sensitive_less;  // `value` and `down`: in one half of the layers, in the other
+  More more;
+  std::array<DType, 2> value, down;
   DType mtp_base, mtp_sensitive;
+  std::optional<DType> experts = {};  // for all stacked experts, but the MTP block's
 };
 
-inline constexpr std::array<Mix, 8> mixes = [] {
+inline constexpr std::array<Mix, 11> mixes = [] {
   using enum DType;
-  return std::array<Mix, 8>{{
-      {"F32", 0, f32, f32, f32, f32, f32, f32, f32},
-      {"F16", 1, f16, f16, f16, f16, f16, f16, f16},
-      {"BF16", 32, bf16, bf16, bf16, bf16, bf16, bf16, bf16},
-      {"Q8_0", 7, q8_0, q8_0, q8_0, q8_0, q8_0, q8_0, q8_0},
-      {"Q6_K", 18, q6_k, q6_k, q8_0, q6_k, q6_k, q6_k, q6_k},
-      {"Q5_K_M", 17, q5_k, q6_k, q8_0, q6_k, q5_k, q5_k, q6_k},
-      {"Q4_K_M", 15, q4_k, q6_k, q8_0, q6_k, q4_k, q5_k, q6_k},
-      {"Q3_K_M", 12, q3_k, q6_k, q8_0, q4_k, q4_k, q5_k, q6_k},
+  using enum Mix::More;
+  return std::array<Mix, 11>{{
+      {"F32", 0, f32, f32, f32, half, {f32, f32}, {f32, f32}, f32, f32},
+      {"F16", 1, f16, f16, f16, half, {f16, f16}, {f16, f16}, f16, f16},
+      {"BF16", 32, bf16, bf16, bf16, half, {bf16, bf16}, {bf16, bf16}, bf16, bf16},
+      {"Q8_0", 7, q8_0, q8_0, q8_0, half, {q8_0, q8_0}, {q8_0, q8_0}, q8_0, q8_0},
+      {"Q6_K", 18, q6_k, q6_k, q8_0, half, {q6_k, q6_k}, {q6_k, q6_k}, q6_k, q6_k},
+      {"Q5_K_M", 17, q5_k, q6_k, q8_0, half, {q6_k, q5_k}, {q6_k, q5_k}, q5_k, q6_k},
+      {"Q4_K_M", 15, q4_k, q6_k, q8_0, half, {q6_k, q4_k}, {q6_k, q4_k}, q5_k, q6_k},
+      {"Q3_K_M", 12, q3_k, q6_k, q8_0, half, {q4_k, q4_k}, {q4_k, q4_k}, q5_k, q6_k},
+      {"Q4_0", 2, q4_0, q6_k, q8_0, early, {q4_0, q4_0}, {q4_1, q4_0}, q5_k, q6_k},
+      {"IQ4_NL", 25, iq4_nl, q6_k, q8_0, early, {q5_k, q5_k}, {q5_k, iq4_nl}, q5_k, q6_k},
+      {"MXFP4", 38, q8_0, q8_0, q8_0, half, {q8_0, q8_0}, {q8_0, q8_0}, q5_k, q6_k, mxfp4},
   }};
 }();
 
@@ -250,35 +262,35 @@ class QuantizePlanner {
       }
       return o.type;
     }
-    const DType wanted = rule(t.role);
+    const DType wanted = rule(t.role, t.shape.rank == 3);
     if (fits_blocks(wanted, t.cols())) return wanted;
     const DType used = fits_blocks(DType::q8_0, t.cols()) ? DType::q8_0 : DType::f16;
     plan_.fallbacks.push_back({t.name, wanted, used});
     return used;
   }
 
-  DType rule(Role role) const {
-    // The first and the last eighth, and every third between.
-    const int n = c_.num_hidden_layers, i = layer_;
-    const bool more = i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
+  DType rule(Role role, bool stacked) const {
+    if (role == Role::exact) return DType::f32;
+    if (role == Role::gates) return mix_.gates;
+    if (mtp_) return role == Role::other ? mix_.mtp_base : mix_.mtp_sensitive;
+    if (stacked && mix_.experts) return *mix_.experts;
+    const std::size_t less = more() ? 0 : 1;
     switch (role) {
-      case Role::exact:
-        return DType::f32;
       case Role::output:
         return mix_.output;
-      case Role::gates:
-        return mix_.gates;
-      case Role::embedding:
-        return mix_.base;
-      case Role::mtp_input:
-        return mix_.mtp_sensitive;
       case Role::value:
+        return mix_.value[less];
       case Role::down:
-        return mtp_ ? mix_.mtp_sensitive : more ? mix_.sensitive_more : mix_.sensitive_less;
-      case Role::other:
-        return mtp_ ? mix_.mtp_base : mix_.base;
+        return mix_.down[less];
+      default:
+        return mix_.base;
     }
-    return mix_.base;
+  }
+
+  bool more() const {
+    const int n = c_.num_hidden_layers, i = layer_;
+    if (mix_.more == Mix::More::early) return i < n / 8;
+    return i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
   }
 
   const Config& c_;

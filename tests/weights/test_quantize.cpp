@@ -215,6 +215,54 @@ TEST_CASE("the mixture gives bits to what needs them") {
   CHECK(type["blk.0.ssm_out.weight"] == DType::q5_k);
   CHECK(type["blk.0.ffn_gate_inp.weight"] == DType::f32);
 
+  // The other mixtures where they differ, by file type and types of a layer each.
+  const auto types_of = [&](std::string_view mix) {
+    std::map<std::string, DType> types;
+    for (const PlannedTensor& t : plan_quantization(c, w, find_mix(mix), {}).tensors) {
+      types[t.name] = t.type;
+      if (t.name.starts_with("blk.48.") && t.role != Role::exact) {
+        CHECK(8.0 * info(t.type).bytes / info(t.type).elements >= 5);
+      }
+    }
+    return types;
+  };
+  using enum DType;
+  const auto check = [&](std::string_view mix, std::uint32_t file_type, const std::map<std::string, DType>& expected) {
+    CAPTURE(mix);
+    CHECK(find_mix(mix).file_type == file_type);
+    const auto types = types_of(mix);
+    for (const auto& [name, wanted] : expected) {
+      CAPTURE(name);
+      CHECK(types.at(name) == wanted);
+    }
+  };
+  check("Q4_0", 2,
+        {{"token_embd.weight", q4_0},
+         {"output.weight", q6_k},
+         {"blk.3.attn_v.weight", q4_0},
+         {"blk.5.ffn_down_exps.weight", q4_1},
+         {"blk.6.ffn_down_exps.weight", q4_0},
+         {"blk.6.ssm_ba.weight", q8_0},
+         {"blk.47.ffn_up_exps.weight", q4_0},
+         {"blk.48.ffn_up_exps.weight", q5_k}});
+  check("IQ4_NL", 25,
+        {{"token_embd.weight", iq4_nl},
+         {"output.weight", q6_k},
+         {"blk.47.attn_v.weight", q5_k},
+         {"blk.0.ffn_down_exps.weight", q5_k},
+         {"blk.6.ffn_down_exps.weight", iq4_nl},
+         {"blk.7.attn_q.weight", iq4_nl}});
+  check("MXFP4", 38,
+        {{"token_embd.weight", q8_0},
+         {"output.weight", q8_0},
+         {"blk.0.attn_qkv.weight", q8_0},
+         {"blk.0.ffn_gate_exps.weight", mxfp4},
+         {"blk.0.ffn_down_exps.weight", mxfp4},
+         {"blk.0.ffn_down_shexp.weight", q8_0},
+         {"blk.48.ffn_down_exps.weight", q6_k},
+         {"blk.48.ffn_up_exps.weight", q5_k},
+         {"blk.48.nextn.eh_proj.weight", q6_k}});
+
   c.tie_word_embeddings = true;
   const QuantizePlan tied = plan_quantization(c, w, find_mix("Q4_K_M"), {});
   CHECK(tied.tensors.size() == 843 + 20 - 1);
