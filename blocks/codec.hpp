@@ -19,6 +19,7 @@
 #include "blocks/legacy_quants.hpp"
 #include "blocks/legacy_quants_pack.hpp"
 #include "blocks/q8_0.hpp"
+#include "blocks/weight_view.hpp"
 
 namespace qwen3next {
 
@@ -50,6 +51,8 @@ inline void dequantize_row(DType type, const std::byte* src, float* dst, std::in
       return unpack_f16(src, dst, n);
     case DType::bf16:
       return unpack_bf16(src, dst, n);
+    case DType::f8_e4m3:
+      return unpack_f8_e4m3(src, dst, n);
     case DType::q4_0:
       return detail::unpack_row<BlockQ4_0>(src, dst, n);
     case DType::q4_1:
@@ -81,6 +84,20 @@ inline void dequantize_row(DType type, const std::byte* src, float* dst, std::in
   }
 }
 
+// Row r of a matrix as it is meant: with the factors that its file keeps beside it.
+inline void dequantize(const WeightView& w, int r, float* dst) noexcept {
+  dequantize_row(w.type, w.row(r), dst, w.cols);
+  if (const std::byte* factors = w.grid_row(r)) {
+    for (int begin = 0; begin < w.cols; begin += ScaleGrid::block, factors += row_bytes(w.grid.type, 1)) {
+      float factor;
+      dequantize_row(w.grid.type, factors, &factor, 1);
+      for (int c = begin; c < w.cols && c < begin + ScaleGrid::block; ++c) dst[c] *= factor;
+    }
+  }
+  if (w.scale == 1) return;
+  for (int c = 0; c < w.cols; ++c) dst[c] *= w.scale;
+}
+
 // Deterministic.  `importance`, one value >= 0 per column or null, weighs the squared error of each column: the mean
 // square of the activations that meet it.  Values must be finite.
 inline void quantize_row(DType type, const float* src, std::byte* dst, std::int64_t n,
@@ -93,6 +110,8 @@ inline void quantize_row(DType type, const float* src, std::byte* dst, std::int6
       return pack_f16(src, dst, n);
     case DType::bf16:
       return pack_bf16(src, dst, n);
+    case DType::f8_e4m3:
+      return pack_f8_e4m3(src, dst, n);
     case DType::q4_0:
       return detail::pack_row<BlockQ4_0>(src, dst, n, importance);
     case DType::q4_1:

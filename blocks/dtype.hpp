@@ -12,6 +12,7 @@ enum class DType : std::uint8_t {
   f32,
   f16,
   bf16,
+  f8_e4m3,
   q4_0,
   q4_1,
   q5_0,
@@ -31,17 +32,20 @@ enum class DType : std::uint8_t {
 // A row of n elements is n / elements blocks of `bytes` bytes; n must be a multiple of `elements`.
 struct DTypeInfo {
   DType type;
-  std::string_view name;  // as GGUF tools spell it
-  std::uint32_t ggml_id;  // type id in a GGUF tensor record
+  std::string_view name;  // as the containers spell it
+  std::uint32_t ggml_id;  // type id in a GGUF tensor record, or no_ggml_id
   int elements;           // per block
   int bytes;              // per block
   bool quantised;         // multiplied with int8 activations on the CPU
 };
 
-inline constexpr std::array<DTypeInfo, 17> dtype_table{{
+inline constexpr std::uint32_t no_ggml_id = 0xffffffff;  // not a type of GGUF
+
+inline constexpr std::array<DTypeInfo, 18> dtype_table{{
     {DType::f32, "F32", 0, 1, 4, false},
     {DType::f16, "F16", 1, 1, 2, false},
     {DType::bf16, "BF16", 30, 1, 2, false},
+    {DType::f8_e4m3, "F8_E4M3", no_ggml_id, 1, 1, false},
     {DType::q4_0, "Q4_0", 2, 32, 18, true},
     {DType::q4_1, "Q4_1", 3, 32, 20, true},
     {DType::q5_0, "Q5_0", 6, 32, 22, true},

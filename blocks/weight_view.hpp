@@ -10,6 +10,18 @@
 
 namespace qwen3next {
 
+// The factors of a matrix stored as F8_E4M3, one for every 128 x 128 values (Hugging Face's weight_scale_inv):
+//   W[i, c] = stored[i, c] * grid[i / 128, c / 128]
+// i counts the rows of the file's tensor, whichever of them a view picks: blocks know nothing of heads.
+struct ScaleGrid {
+  static constexpr int block = 128;
+
+  const std::byte* data = nullptr;  // row-major, at any address; null: there is none
+  DType type = DType::f32;          // or bf16
+  int cols = 0;                     // of the grid
+  int first_row = 0;                // i of the view's row 0
+};
+
 // A matrix [rows, cols], y = W x.  Its rows may be interleaved with those of other matrices in the file: they come in
 // groups of `group_rows` neighbours, and `group_stride` bytes lie between the starts of two groups.
 //
@@ -24,10 +36,16 @@ struct WeightView {
   int cols = 0;
   int group_rows = 1;            // > 0; rows / group_rows groups; one group if the matrix is contiguous
   std::size_t group_stride = 0;  // bytes
+  ScaleGrid grid{};              // what the stored values are multiplied with, if there is one
+  float scale = 1;               // what all values are multiplied with (GGUF's X.scale)
 
   static WeightView contiguous(const std::byte* data, DType type, int rows, int cols) noexcept {
-    return {
-        data, type, rows, cols, rows > 0 ? rows : 1, static_cast<std::size_t>(rows) * qwen3next::row_bytes(type, cols)};
+    return {.data = data,
+            .type = type,
+            .rows = rows,
+            .cols = cols,
+            .group_rows = rows > 0 ? rows : 1,
+            .group_stride = static_cast<std::size_t>(rows) * qwen3next::row_bytes(type, cols)};
   }
 
   std::size_t row_bytes() const noexcept { return qwen3next::row_bytes(type, cols); }
@@ -39,17 +57,39 @@ struct WeightView {
            static_cast<std::size_t>(r % group_rows) * row_bytes();
   }
 
+  // The factors of row r, one for every 128 columns; null if there are none.
+  const std::byte* grid_row(int r) const noexcept {
+    if (!grid.data) return nullptr;
+    const int period = static_cast<int>(group_stride / row_bytes());
+    const int i = grid.first_row + r / group_rows * period + r % group_rows;
+    return grid.data + static_cast<std::size_t>(i / ScaleGrid::block) * qwen3next::row_bytes(grid.type, grid.cols);
+  }
+
   // Rows [begin, begin + count) of a contiguous matrix.
   WeightView slice(int begin, int count) const noexcept {
     assert(group_rows == rows && begin >= 0 && begin + count <= rows);
-    return contiguous(data + static_cast<std::size_t>(begin) * row_bytes(), type, count, cols);
+    return part(begin, contiguous(nullptr, type, count, cols));
   }
 
   // Of a contiguous matrix of groups of `period` rows: rows [first, first + count) of every group.
   WeightView every(int period, int first, int count) const noexcept {
     assert(group_rows == rows && rows % period == 0 && first + count <= period);
-    return {data + static_cast<std::size_t>(first) * row_bytes(), type, rows / period * count, cols, count,
-            static_cast<std::size_t>(period) * row_bytes()};
+    return part(first, {.data = nullptr,
+                        .type = type,
+                        .rows = rows / period * count,
+                        .cols = cols,
+                        .group_rows = count,
+                        .group_stride = static_cast<std::size_t>(period) * row_bytes()});
+  }
+
+ private:
+  // `shape`, with its row 0 where row `first` of this is.
+  WeightView part(int first, WeightView shape) const noexcept {
+    shape.data = data + static_cast<std::size_t>(first) * row_bytes();
+    shape.grid = grid;
+    shape.grid.first_row += first;
+    shape.scale = scale;
+    return shape;
   }
 };
 

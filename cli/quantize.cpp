@@ -36,7 +36,9 @@ std::pair<std::string, DType> parse_tensor_type(const std::string& text) {
   const auto type = equals == text.npos ? std::nullopt : find_dtype(text.substr(equals + 1));
   if (!type || equals == 0) {
     std::vector<std::string> types;
-    for (const DTypeInfo& known : dtype_table) types.emplace_back(known.name);
+    for (const DTypeInfo& known : dtype_table) {
+      if (known.ggml_id != no_ggml_id) types.emplace_back(known.name);
+    }
     throw CLI::ValidationError("--tensor-type", "'" + text + "': expected REGEX=TYPE, TYPE one of " + join(types));
   }
   return {text.substr(0, equals), *type};

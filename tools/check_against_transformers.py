@@ -70,7 +70,13 @@ def random_case(seed):
         tokens=r.choice([1, 2, 63, 64, 65, 129, r.randint(3, 60), r.randint(3, 200), r.randint(66, 200)]),
         dtype=r.choice(["BF16", "BF16", "F16", "F32"]), dtypes={p: r.choice(["BF16", "F16", "F32"]) for p in dtypes},
         new_style=r.random() < 0.5, rope=random_rope(r, head_dim), fused=r.random() < 0.4,
-        shards=r.choice([1, 1, 2, 3, 5]), mtp=r.random() < 0.4)
+        shards=r.choice([1, 1, 2, 3, 5]), mtp=r.random() < 0.4, fp8=random_fp8(seed))
+
+
+def random_fp8(seed):
+    """The dtype of the scales of an FP8 checkpoint, or none."""
+    r = random.Random(seed ^ 0xE4A3)
+    return r.choice(["BF16", "F32"]) if r.random() < 0.3 else ""
 
 
 def is_misaligned(case):
@@ -92,7 +98,7 @@ def describe(case):
              "new config" if case.new_style else "", f"interval {case.interval}" if case.interval else "",
              "tied" if c["tie_word_embeddings"] else "", "" if c["norm_topk_prob"] else "no topk norm",
              "yarn" if case.rope.get("scaling") else "",
-             "misaligned" if is_misaligned(case) else "", f"mixed {len(case.dtypes)}" if case.dtypes else ""]
+             f"fp8, {case.fp8} scales" if case.fp8 else "", "misaligned" if is_misaligned(case) else "", f"mixed {len(case.dtypes)}" if case.dtypes else ""]
     return (f"T={case.tokens} H={c['hidden_size']} V={c['vocab_size']} {layers} "
             f"attn {c['num_attention_heads']}/{c['num_key_value_heads']}x{c['head_dim']} rope {case.rope['partial']} "
             f"gdn {c['linear_num_key_heads']}x{c['linear_key_head_dim']}/{c['linear_num_value_heads']}x"

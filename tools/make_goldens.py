@@ -11,8 +11,8 @@ expected.safetensors with what transformers' fp32 model computes from it:
     mtp_logits  F32 [T-1, V]   only with mtp.*: row t from hidden.final of token t and the embedding of token t+1
 
 The MTP block is not in transformers; it is assembled here from transformers' own layers. The weights are rounded to the
-stated dtype first, and the oracle runs on the rounded weights in fp32: it loads the files that are shipped. Tokens are
-drawn so that no router decision is nearly a tie, since a tie may fall either way without anybody being wrong.
+stated dtype first, and the oracle runs on the rounded weights in fp32: it loads the files that are shipped (of FP8, the same
+with its values written out). Tokens are drawn so that no router decision is nearly a tie, since a tie may fall either way without anybody being wrong.
 check_against_transformers.py makes its random checkpoints with the functions of this file.
 
 usage: tools/make_goldens.py [--out tests/golden/model] [NAME ...]     needs torch, transformers >= 5, safetensors
@@ -22,6 +22,7 @@ import copy
 import json
 import platform
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as hf
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LINEAR, FULL = "linear_attention", "full_attention"
+BLOCK = 128  # of FP8 scales
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Case:
     fused: bool = False                # mlp.experts.gate_up_proj instead of one tensor per expert
     shards: int = 1
     mtp: bool = False
+    fp8: str = ""                      # dtype of the scales: the projections as F8_E4M3 in blocks of 128 x 128
     about: str = ""
 
 
@@ -82,6 +85,9 @@ def full_config(case):
         c["torch_dtype"] = CONFIG_DTYPES[case.dtype]
         c |= {"rope_theta": theta, "partial_rotary_factor": partial, "rope_scaling": scaling}
         c["transformers_version"] = "4.57.0"
+    if case.fp8:
+        c["quantization_config"] = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                                    "weight_block_size": [BLOCK, BLOCK]}
     return dict(sorted(c.items()))
 
 
@@ -169,16 +175,50 @@ def random_tensors(case, c):
     return tensors
 
 
-def write_checkpoint(case, folder):
+def is_fp8(name):
+    """Whether the FP8 release quantises this tensor: projections, but the small ones and the heads."""
+    exempt = ("in_proj_ba", "shared_expert_gate", "mtp.fc", "mlp.gate.", "embed_tokens", "lm_head")
+    return ("proj" in name or "experts." in name) and not any(part in name for part in exempt)
+
+
+def to_fp8(weight, scale_dtype):
+    """[..., R, C] -> (F8_E4M3 codes, scales [..., ceil(R/128), ceil(C/128)], what they mean in fp32)"""
+    rows, columns = weight.shape[-2:]
+    padding = (0, -columns % BLOCK, 0, -rows % BLOCK)
+    blocks = torch.nn.functional.pad(weight, padding).unflatten(-2, (-1, BLOCK)).unflatten(-1, (-1, BLOCK))
+    scales = (blocks.abs().amax(dim=(-3, -1)) / 448).to(scale_dtype)
+
+    def spread(s):
+        return s.float().repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)[..., :rows, :columns]
+
+    codes = (weight / spread(scales)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes, scales, codes.float() * spread(scales)
+
+
+def stored_tensors(case, c, meant=False):
+    """The tensors as the files have them; or, if `meant`, FP8 ones as the fp32 values that they stand for."""
+    tensors = {}
+    for name, tensor in random_tensors(case, c).items():
+        if case.fp8 and is_fp8(name):
+            codes, scales, value = to_fp8(tensor, DTYPES[case.fp8])
+            tensors[name] = value if meant else codes
+            if not meant:
+                tensors[name + "_scale_inv"] = scales
+            continue
+        dtype = next((d for part, d in case.dtypes.items() if part in name), case.dtype)
+        tensors[name] = tensor.to(DTYPES[dtype]).contiguous()
+    return tensors
+
+
+def write_checkpoint(case, folder, meant=False):
     """Write config.json and model.safetensors (or shards with their index)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     c = full_config(case)
+    tensors = stored_tensors(case, c, meant)
+    if meant:
+        c.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(c, indent=2) + "\n")
-    tensors = {}
-    for name, tensor in random_tensors(case, c).items():
-        dtype = next((d for part, d in case.dtypes.items() if part in name), case.dtype)
-        tensors[name] = tensor.to(DTYPES[dtype]).contiguous()
     if case.shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
@@ -289,7 +329,12 @@ def run_oracle(case, folder, gap=1e-4, logit_gap=0.02, tries=2000):
     Where the k-th and the next router probability (and their logits) are closer than the bounds, the token of that
     position is drawn again; earlier rows do not change then, so this comes to an end.
     """
-    oracle = Oracle(folder, case.mtp)
+    if case.fp8:  # transformers would need a GPU: it gets the values that the codes and scales stand for
+        with tempfile.TemporaryDirectory() as meant:
+            write_checkpoint(case, meant, meant=True)
+            oracle = Oracle(meant, case.mtp)
+    else:
+        oracle = Oracle(folder, case.mtp)
     rng = torch.Generator().manual_seed(case.seed + 1_000_003)
     vocab = oracle.model.config.vocab_size
     tokens = torch.randint(vocab, (case.tokens,), generator=rng)
@@ -335,6 +380,9 @@ GOLDENS = [
          rope={"theta": 10000, "partial": 0.5, "scaling": {"rope_type": "yarn", "factor": 4.0,
                                                            "original_max_position_embeddings": 64}},
          about="bf16, YaRN factor 4 over 64 positions (T = 100), MTP"),
+    Case("fp8", shape(136, 150, (2, 1, 80), (2, 4, 20, 24, 4), (4, 2, 12, 132)), interval_layers(2, 2),
+         tokens=40, seed=15, interval=2, rope={"theta": 10000000, "partial": 0.25}, mtp=True, fp8="BF16",
+         about="F8_E4M3 with bf16 scales for 128 x 128 values, which cut through heads; hidden 136, MTP"),
 ]
 
 README = """# Golden checkpoints

@@ -189,10 +189,6 @@ inline void refuse_foreign_tensors(const std::vector<TensorRecord>& records, std
       throw_error(source, ": has ", printable(name), ", so it is an MLX conversion, which is laid out differently; ",
                   "use the original Hugging Face folder or a GGUF");
     }
-    if (name.ends_with(".weight_scale_inv")) {
-      throw_error(source, ": has ", printable(name), ": FP8 weights are not supported yet; use the BF16 release or ",
-                  "a GGUF");
-    }
     if (name.ends_with(".qweight") || name.ends_with(".weight_packed") || name.ends_with(".weight_scale")) {
       throw_error(source, ": has ", printable(name), ": quantised safetensors (GPTQ, AWQ, compressed-tensors) are not ",
                   "supported; use the BF16 release or a GGUF");

@@ -70,11 +70,7 @@ class Binder {
       throw_error(file(*record), ": tensor ", printable(record->name), " is ", record->shape.text(), ", expected ",
                   expected.text(), " by the config; the two do not belong together");
     }
-    if (!record->type) {
-      throw_error(file(*record), ": tensor ", printable(record->name), " is ", record->dtype, ", expected ",
-                  gguf() ? "F32, F16, BF16, Q8_0 or a K-quant" : "F32, F16 or BF16",
-                  "; this type is not supported: use another file of the model");
-    }
+    if (!record->type) fail_type(*record, matrix_types());
     return record;
   }
 
@@ -86,7 +82,9 @@ class Binder {
   // A matrix in place; an empty view if it is missing.
   WeightView matrix(std::string_view prefix, TensorName name, int rows, int cols) {
     const TensorRecord* record = take(prefix, name, {rows, cols});
-    return record ? WeightView::contiguous(record->data, *record->type, rows, cols) : WeightView{};
+    if (!record) return {};
+    const auto view = WeightView::contiguous(record->data, *record->type, rows, cols);
+    return Factors(*this, *record, 1, view).applied(view, 0);
   }
 
   // `count` matrices [rows, cols], one after the other in one tensor.
@@ -94,10 +92,10 @@ class Binder {
     std::vector<WeightView> views(static_cast<std::size_t>(count));
     const TensorRecord* record = take(prefix, name, {count, rows, cols});
     if (!record) return views;
-    const std::byte* data = record->data;
-    for (WeightView& view : views) {
-      view = WeightView::contiguous(data, *record->type, rows, cols);
-      data += view.bytes();
+    auto view = WeightView::contiguous(record->data, *record->type, rows, cols);
+    const Factors factors(*this, *record, count, view);
+    for (int i = 0; i < count; ++i, view.data += view.bytes()) {
+      views[static_cast<std::size_t>(i)] = factors.applied(view, i);
     }
     return views;
   }
@@ -109,6 +107,7 @@ class Binder {
   VectorView vector(std::string_view prefix, TensorName name, const Shape& shape, Transform transform) {
     const TensorRecord* record = take(prefix, name, shape);
     if (!record) return {};
+    if (record->type == DType::f8_e4m3) fail_type(*record, "F32, F16 or BF16");  // no factors are defined for it
     const int cols = shape.rank > 1 ? static_cast<int>(shape[shape.rank - 1]) : 1;
     const int size = static_cast<int>(*record->shape.elements());
     const bool aligned = reinterpret_cast<std::uintptr_t>(record->data) % alignof(float) == 0;
@@ -134,7 +133,9 @@ class Binder {
   void finish() const {
     std::vector<std::string> unexpected;
     for (std::size_t i = 0; i < records_.size(); ++i) {
-      if (!used_[i]) unexpected.push_back(records_[i].name);
+      if (used_[i]) continue;
+      unexpected.push_back(records_[i].name);
+      expect_no_idle_scales(records_[i]);
     }
     if (missing_.empty() && unexpected.empty()) return;
     std::string what = missing_.empty() ? "" : list(missing_, "missing");
@@ -147,6 +148,96 @@ class Binder {
   std::string file(const TensorRecord& record) const { return files_[static_cast<std::size_t>(record.file)].name(); }
 
  private:
+  // What multiplies a stack of matrices, one after the other in one tensor: a grid beside F8_E4M3, a number in GGUF.
+  class Factors {
+   public:
+    // `view` is the first of the `count` matrices.
+    Factors(Binder& b, const TensorRecord& record, int count, const WeightView& view) {
+      if (view.type == DType::f8_e4m3) find_grid(b, record, count, view);
+      if (b.gguf() && record.name.ends_with(".weight")) {
+        const std::string_view stem = std::string_view(record.name).substr(0, record.name.size() - 6);
+        find_scales(b, stem, count);
+      }
+    }
+    // Matrix i of the stack.
+    WeightView applied(WeightView view, int i) const noexcept {
+      view.grid = grid_;
+      view.grid.data += static_cast<std::size_t>(i) * grid_bytes_;
+      if (scales_) view.scale = load<float>(scales_ + static_cast<std::size_t>(i) * sizeof(float));
+      return view;
+    }
+
+   private:
+    // Hugging Face's X_scale_inv, which multiplies in spite of its name.
+    void find_grid(Binder& b, const TensorRecord& record, int count, const WeightView& view) {
+      constexpr int block = ScaleGrid::block;
+      const int rows = (view.rows + block - 1) / block, cols = (view.cols + block - 1) / block;
+      const auto [scales, i] = b.lookup(record.name, "_scale_inv");
+      if (!scales) {
+        throw_error(b.file(record), ": tensor ", printable(record.name), " is F8_E4M3, but its scales, ",
+                    printable(record.name), "_scale_inv, are missing; download all files, or use the BF16 release");
+      }
+      b.used_[i] = true;
+      const Shape expected{count, rows, cols};
+      if (!scales->shape.same(expected)) {
+        throw_error(b.file(*scales), ": tensor ", printable(scales->name), " is ", scales->shape.text(), ", expected ",
+                    count == 1 ? Shape{rows, cols}.text() : expected.text(), ": a scale for every 128 x 128 values of ",
+                    printable(record.name));
+      }
+      if (scales->type != DType::f32 && scales->type != DType::bf16) b.fail_type(*scales, "F32 or BF16");
+      grid_ = {scales->data, *scales->type, cols, 0};
+      grid_bytes_ = static_cast<std::size_t>(rows) * row_bytes(*scales->type, cols);
+    }
+
+    // llama.cpp's X.scale, one number for a matrix.  X.input_scale is for activations in 4 bits, which are not used
+    // here.
+    void find_scales(Binder& b, std::string_view stem, int count) {
+      for (const std::string_view suffix : {"scale", "input_scale"}) {
+        const auto [scales, i] = b.lookup(stem, suffix);
+        if (!scales) continue;
+        b.used_[i] = true;
+        if (!scales->shape.same({count})) {
+          throw_error(b.file(*scales), ": tensor ", printable(scales->name), " is ", scales->shape.text(),
+                      ", expected ", Shape{count}.text(), ": a scale for each matrix");
+        }
+        if (scales->type != DType::f32) b.fail_type(*scales, "F32");
+        if (suffix == "scale") scales_ = scales->data;
+      }
+    }
+
+    ScaleGrid grid_{};
+    std::size_t grid_bytes_ = 0;  // of one matrix
+    const std::byte* scales_ = nullptr;
+  };
+
+  [[noreturn]] void fail_type(const TensorRecord& record, std::string_view expected) const {
+    throw_error(file(record), ": tensor ", printable(record.name), " is ", record.dtype, ", expected ", expected,
+                "; this type is not supported here: use another file of the model");
+  }
+
+  // "F32, F16, ... or Q6_K"
+  std::string matrix_types() const {
+    if (!gguf()) return "F32, F16, BF16 or F8_E4M3";
+    std::string types;
+    for (const DTypeInfo& type : dtype_table) {
+      if (type.ggml_id == no_ggml_id) continue;
+      if (!types.empty()) types += type.type == dtype_table.back().type ? " or " : ", ";
+      types += type.name;
+    }
+    return types;
+  }
+
+  // Scales that nobody asked for, because their tensor is of a type that has none.
+  void expect_no_idle_scales(const TensorRecord& scales) const {
+    constexpr std::string_view suffix = "_scale_inv";
+    if (!scales.name.ends_with(suffix)) return;
+    const std::string_view stem = std::string_view(scales.name).substr(0, scales.name.size() - suffix.size());
+    const auto [record, i] = lookup(stem, "");
+    if (!record || !used_[i] || record->type == DType::f8_e4m3) return;
+    throw_error(file(scales), ": has ", printable(scales.name), ", but ", printable(record->name), " is ",
+                record->dtype, ", expected F8_E4M3; the files do not belong together");
+  }
+
   std::pair<const TensorRecord*, std::size_t> lookup(std::string_view prefix, std::string_view name) const {
     key_.assign(prefix).append(name);
     const auto found = index_.find(key_);

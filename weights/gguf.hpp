@@ -50,6 +50,7 @@ static_assert([] {
     if (ggml_types[i].id != i) return false;
   }
   for (const DTypeInfo& dtype : dtype_table) {
+    if (dtype.ggml_id == no_ggml_id) continue;
     const GgmlType& type = ggml_types[dtype.ggml_id];
     if (type.name != dtype.name || type.elements != dtype.elements || type.bytes != dtype.bytes) return false;
   }

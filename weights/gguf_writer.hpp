@@ -128,6 +128,10 @@ class GgufWriter {
 };
 
 inline void GgufWriter::add_tensor(std::string name, const Shape& shape, DType type) {
+  if (info(type).ggml_id == no_ggml_id) {
+    throw_error(display(path()), ": cannot hold tensor ", printable(name), " of ", info(type).name,
+                ", no type of GGUF");
+  }
   const std::optional<std::int64_t> n = shape.elements();
   if (begun_ || shape.rank < 1 || shape.rank > 4 || !n || *n == 0 || !fits_blocks(type, shape[shape.rank - 1])) {
     throw_error(display(path()), ": cannot hold tensor ", printable(name), " of ", info(type).name, " ", shape.text(),

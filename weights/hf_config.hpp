@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "blocks/weight_view.hpp"
 #include "core/json.hpp"
 #include "model/config.hpp"
 #include "weights/mapped_file.hpp"
@@ -78,6 +79,27 @@ class JsonFields {
   std::string_view source_;
 };
 
+// quantization_config: FP8 as Qwen releases it.  Which tensors are, the tensors say.
+inline void expect_fp8_blocks(const JsonFields& all, const Json& quantization, std::string_view source) {
+  if (!quantization.is_object()) all.wrong("quantization_config", quantization, "an object");
+  const JsonFields fields(quantization, source);
+  const auto refuse = [&](std::string_view key, std::string_view found, std::string_view expected) {
+    throw_error(source, ": quantization_config has ", key, " ", found, ", expected ", expected,
+                "; use the BF16 or FP8 release, or a GGUF");
+  };
+  const auto text = [&](std::string_view key, std::string_view otherwise, std::string_view expected) {
+    const std::string found = fields.string(key, otherwise);
+    if (found != expected) refuse(key, concat("'", printable(found, 40), "'"), concat("'", expected, "'"));
+  };
+  text("quant_method", "", "fp8");
+  text("fmt", "e4m3", "e4m3");
+  text("activation_scheme", "dynamic", "dynamic");  // static: scales of activations, which are not used here
+  const auto size = quantization.find("weight_block_size");
+  if (size != quantization.end() && *size != Json::array({ScaleGrid::block, ScaleGrid::block})) {
+    refuse("weight_block_size", printable(size->dump(-1, ' ', true, Json::error_handler_t::replace), 40), "[128,128]");
+  }
+}
+
 // What Hugging Face's config can ask for and this runtime does not do.
 inline void refuse_foreign_hf_config(const JsonFields& fields, std::string_view source) {
   const std::string type = fields.string("model_type", "");
@@ -85,12 +107,7 @@ inline void refuse_foreign_hf_config(const JsonFields& fields, std::string_view 
     throw_error(source, ": model_type is '", printable(type), "', expected 'qwen3_next': this program runs ",
                 "Qwen3-Next only");
   }
-  if (const Json* quantization = fields.find("quantization_config")) {
-    const std::string method = quantization->is_object() ? quantization->value("quant_method", Json()).dump() : "?";
-    if (method == "\"fp8\"") throw_error(source, ": FP8 weights are not supported yet; use the BF16 release or a GGUF");
-    throw_error(source, ": quantization_config with quant_method ", printable(method),
-                " is not supported; use the BF16 release or a GGUF");
-  }
+  if (const Json* quantization = fields.find("quantization_config")) expect_fp8_blocks(fields, *quantization, source);
   if (fields.find("quantization")) {
     throw_error(source, ": an MLX conversion (it has \"quantization\"), which is laid out differently; use the ",
                 "original Hugging Face folder or a GGUF");

@@ -323,12 +323,12 @@ class Encoder {
     const std::size_t bytes = row_bytes(t.type, view.cols);
     std::byte* to = batch.bytes.data() + task.offset;
     for (int r = task.first; r < task.first + task.rows; ++r, to += bytes) {
-      if (view.type == t.type) {
+      if (view.type == t.type && view.scale == 1) {
         std::copy_n(view.row(r), bytes, to);
         continue;
       }
       row.resize(static_cast<std::size_t>(view.cols));
-      dequantize_row(view.type, view.row(r), row.data(), view.cols);
+      dequantize(view, r, row.data());
       check(t, row);
       quantize_row(t.type, row.data(), to, view.cols);
       if (!measure_) continue;

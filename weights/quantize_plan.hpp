@@ -82,9 +82,10 @@ inline const Mix& find_mix(std::string_view name) {
   throw_error("unknown type '", printable(name), "'; expected one of ", known);
 }
 
+// A type of GGUF.
 inline std::optional<DType> find_dtype(std::string_view name) noexcept {
   for (const DTypeInfo& type : dtype_table) {
-    if (type.name == name) return type.type;
+    if (type.name == name && type.ggml_id != no_ggml_id) return type.type;
   }
   return {};
 }

@@ -33,7 +33,7 @@ inline constexpr std::array<SafetensorsType, 18> safetensors_types{{
     {"BOOL", 8, {}},
     {"U8", 8, {}},
     {"I8", 8, {}},
-    {"F8_E4M3", 8, {}},
+    {"F8_E4M3", 8, DType::f8_e4m3},
     {"F8_E5M2", 8, {}},
     {"F8_E8M0", 8, {}},
     {"U16", 16, {}},

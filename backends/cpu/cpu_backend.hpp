@@ -73,8 +73,7 @@ class CpuBackend {
 
   void embed(Tensor out, std::span<const std::int32_t> tokens, const Weight& w) {
     team_.split(out.n_rows, out.n_cols, [&](int begin, int end) {
-      for (int t = begin; t < end; ++t)
-        k_->dequantize(w.type, w.row(tokens[static_cast<std::size_t>(t)]), w.cols, out.row(t));
+      for (int t = begin; t < end; ++t) cpu::expand_row(*k_, w, tokens[static_cast<std::size_t>(t)], out.row(t));
     });
   }
 

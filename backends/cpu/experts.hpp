@@ -98,7 +98,7 @@ class ExpertLayer {
   };
   // Room of one thread: y, z [count, row_chunk] and what the products need.
   struct Workspace {
-    float *y, *z, *rows;
+    float *y, *z, *rows, *expanded;
     std::byte *strip, *panels;
     std::size_t panel_stride;
   };
@@ -111,6 +111,7 @@ class ExpertLayer {
       z_ = scratch_[1].pieces(threads, tokens * row_chunk * sizeof(float));
       rows_ = scratch_[2].pieces(
           threads, std::min<std::size_t>(tokens, float_token_block) * static_cast<std::size_t>(n) * sizeof(float));
+      expanded_ = scratch_[5].pieces(threads, row_chunk * static_cast<std::size_t>(n) * sizeof(float));
       strip_ = scratch_[3].pieces(threads, k.strip_bytes(n));
       panels_ = scratch_[4].pieces(threads, static_cast<std::size_t>(Panels(count, k.max_panel).count) * panel_stride_);
     }
@@ -118,14 +119,15 @@ class ExpertLayer {
       return {reinterpret_cast<float*>(y_[thread]),
               reinterpret_cast<float*>(z_[thread]),
               reinterpret_cast<float*>(rows_[thread]),
+              reinterpret_cast<float*>(expanded_[thread]),
               strip_[thread],
               panels_[thread],
               panel_stride_};
     }
 
    private:
-    Scratch scratch_[5];
-    Scratch::Pieces y_{}, z_{}, rows_{}, strip_{}, panels_{};
+    Scratch scratch_[6];
+    Scratch::Pieces y_{}, z_{}, rows_{}, expanded_{}, strip_{}, panels_{};
     std::size_t panel_stride_ = 0;
   };
 
@@ -185,7 +187,7 @@ class ExpertLayer {
       for (int begin = 0; begin < count; begin += float_token_block) {
         const int T = std::min(float_token_block, count - begin);
         for (int s = 0; s < T; ++s) std::copy_n(in.data + chosen[begin + s] * in.stride, in.n, space.rows + s * in.n);
-        k.float_product[type](rows, n, space.rows, in.n, T, in.n, y + begin * row_chunk, row_chunk);
+        float_rows_product(k, w, r, n, space.rows, in.n, T, space.expanded, y + begin * row_chunk, row_chunk);
       }
     } else if (count < strip_tokens) {
       for (int s = 0; s < count; ++s)
@@ -202,6 +204,7 @@ class ExpertLayer {
         }
       }
     }
+    apply_scale(k, w, y, row_chunk, count, n);
   }
 
   std::vector<Job> jobs_;

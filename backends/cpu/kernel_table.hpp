@@ -30,6 +30,11 @@ struct Kernels {
                                 int n, float* y, std::ptrdiff_t y_stride) noexcept;
   FloatProduct float_product[3];  // by DType: f32, f16, bf16
 
+  // --- F8_E4M3 weights: `factors` is one for every 128 columns, f32 or bf16 at any address, or null: all 1.
+  void (*f8_product)(const std::byte* const* w, const std::byte* const* factors, DType factor_type, int rows, int n,
+                     const float* x, float* y) noexcept;  // y[r] = w[r] . x
+  void (*dequantize_f8)(const std::byte* row, const std::byte* factors, DType factor_type, int n, float* out) noexcept;
+
   // c[m, j] = scale c[m, j] + sum_k a[m am + k ak] b[k, j];  b rows of f32 or f16, b_bytes apart.
   using WeightedSum = void (*)(float scale, float* c, std::ptrdiff_t c_stride, int M, int N, const float* a,
                                std::ptrdiff_t am, std::ptrdiff_t ak, const std::byte* b, std::ptrdiff_t b_bytes,

@@ -16,6 +16,7 @@
 
 #include "backends/cpu/delta_rule.hpp"
 #include "backends/cpu/elementwise.hpp"
+#include "backends/cpu/f8_product.hpp"
 #include "backends/cpu/float_product.hpp"
 #include "backends/cpu/kv_rows.hpp"
 #include "backends/cpu/row_product.hpp"
@@ -47,6 +48,8 @@ constexpr Kernels make_table() {
   k.float_product[0] = float_product<DType::f32>;
   k.float_product[1] = float_product<DType::f16>;
   k.float_product[2] = float_product<DType::bf16>;
+  k.f8_product = f8_product;
+  k.dequantize_f8 = dequantize_f8;
   k.weighted_sum[0] = weighted_sum<DType::f32>;
   k.weighted_sum[1] = weighted_sum<DType::f16>;
   k.quantize = quantize;

@@ -30,6 +30,50 @@ inline void row_pointers(const WeightView& w, int begin, int count, const std::b
   }
 }
 
+// Row r of any matrix as floats.
+inline void expand_row(const Kernels& k, const WeightView& w, int r, float* out) noexcept {
+  if (w.type == DType::f8_e4m3)
+    k.dequantize_f8(w.row(r), w.grid_row(r), w.grid.type, w.cols, out);
+  else
+    k.dequantize(w.type, w.row(r), w.cols, out);
+  if (w.scale != 1) k.scale_row(out, w.scale, w.cols);
+}
+
+// y[t, j] = row begin + j of w times x[t], for n <= row_chunk rows of a matrix of floats or F8_E4M3, T tokens,
+// x [T, w.cols].  `expanded` has room for row_chunk rows of floats.
+inline void float_rows_product(const Kernels& k, const WeightView& w, int begin, int n, const float* x,
+                               std::ptrdiff_t x_stride, int T, float* expanded, float* y,
+                               std::ptrdiff_t y_stride) noexcept {
+  const std::byte* rows[row_chunk];
+  row_pointers(w, begin, n, rows);
+  DType type = w.type;
+  if (type == DType::f8_e4m3) {
+    const std::byte* factors[row_chunk];
+    for (int i = 0; i < n; ++i) factors[i] = w.grid_row(begin + i);
+    if (T < strip_tokens) {
+      for (int t = 0; t < T; ++t)
+        k.f8_product(rows, factors, w.grid.type, n, w.cols, x + t * x_stride, y + t * y_stride);
+      return;
+    }
+    for (int i = 0; i < n; ++i, expanded += w.cols) {
+      k.dequantize_f8(rows[i], factors[i], w.grid.type, w.cols, expanded);
+      rows[i] = reinterpret_cast<const std::byte*>(expanded);
+    }
+    type = DType::f32;
+  }
+  for (int t = 0; t < T; t += float_token_block) {
+    k.float_product[index(type)](rows, n, x + t * x_stride, x_stride, std::min(float_token_block, T - t), w.cols,
+                                 y + t * y_stride, y_stride);
+  }
+}
+
+// The factor that a whole matrix has: y [T, n].
+inline void apply_scale(const Kernels& k, const WeightView& w, float* y, std::ptrdiff_t y_stride, int T,
+                        int n) noexcept {
+  if (w.scale == 1) return;
+  for (int t = 0; t < T; ++t) k.scale_row(y + t * y_stride, w.scale, n);
+}
+
 // Work in pieces of `unit` rows, one range of pieces per thread, equal in cost.
 class Shares {
  public:
@@ -110,8 +154,9 @@ class Linear {
     const int T = x.n_rows, D = x.n_cols;
     if (T == 0) return;
     unsigned kinds = 0;
-    bool any_quantised = false;
+    bool any_quantised = false, any_f8 = false;
     for (const Item& item : items) {
+      any_f8 |= item.weight.type == DType::f8_e4m3;
       if (!info(item.weight.type).quantised) continue;
       any_quantised = true;
       kinds |= 1u << k.operand_kind[index(item.weight.type)];
@@ -131,15 +176,19 @@ class Linear {
     }
     const Scratch::Pieces strip =
         strip_scratch_.pieces(static_cast<std::size_t>(team.size()), any_quantised && strips ? k.strip_bytes(D) : 0);
+    const Scratch::Pieces expanded =
+        expanded_scratch_.pieces(static_cast<std::size_t>(team.size()),
+                                 any_f8 && strips ? sizeof(float) * row_chunk * static_cast<std::size_t>(D) : 0);
     team.run(work, [&](int thread, int threads) {
       shares_.mine(thread, threads, [&](int i, int begin, int end) {
         const Item& item = items[static_cast<std::size_t>(i)];
         if (!info(item.weight.type).quantised)
-          float_rows(k, item, x, begin, end);
+          float_rows(k, item, x, begin, end, reinterpret_cast<float*>(expanded[thread]));
         else if (strips)
           strip_rows(k, item, T, begin, end, strip[thread]);
         else
           few_tokens(k, item, T, begin, end);
+        apply_scale(k, item.weight, item.y.row(0) + begin, item.y.stride, T, end - begin);
       });
     });
   }
@@ -190,22 +239,22 @@ class Linear {
     }
   }
 
-  static void float_rows(const Kernels& k, const Item& item, const HostTensor& x, int begin, int end) noexcept {
-    const std::byte* rows[row_chunk];
-    for (int t = 0; t < x.n_rows; t += float_token_block) {
-      const int T = std::min(float_token_block, x.n_rows - t);
+  static void float_rows(const Kernels& k, const Item& item, const HostTensor& x, int begin, int end,
+                         float* expanded) noexcept {
+    // Rows of floats pass by as often as there are blocks of tokens; F8 rows are expanded once.
+    const int block = item.weight.type == DType::f8_e4m3 ? x.n_rows : float_token_block;
+    for (int t = 0; t < x.n_rows; t += block) {
+      const int T = std::min(block, x.n_rows - t);
       for (int r = begin; r < end; r += row_chunk) {
         const int n = std::min(row_chunk, end - r);
-        row_pointers(item.weight, r, n, rows);
-        k.float_product[index(item.weight.type)](rows, n, x.row(t), x.stride, T, x.n_cols, item.y.row(t) + r,
-                                                 item.y.stride);
+        float_rows_product(k, item.weight, r, n, x.row(t), x.stride, T, expanded, item.y.row(t) + r, item.y.stride);
       }
     }
   }
 
   QuantizedRows quantized_;
   Shares shares_;
-  Scratch panel_scratch_, row_scratch_, strip_scratch_;
+  Scratch panel_scratch_, row_scratch_, strip_scratch_, expanded_scratch_;
   Scratch::Pieces panels_{};
 };
 

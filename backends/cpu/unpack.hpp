@@ -6,6 +6,7 @@
 // A new type is one such struct; everything else (products, strips, rows of embeddings) is written over them.  The
 // loops have constant counts, so that compilers turn them into vector code for any ISA.
 
+#include "backends/cpu/f8_product.hpp"
 #include "backends/cpu/simd.hpp"
 
 namespace qwen3next::cpu::QWEN3NEXT_ISA {
@@ -254,6 +255,8 @@ inline void dequantize(DType type, const std::byte* row, int n, float* out) noex
       return dequantize_floats<DType::f16>(row, n, out);
     case DType::bf16:
       return dequantize_floats<DType::bf16>(row, n, out);
+    case DType::f8_e4m3:
+      return dequantize_f8(row, nullptr, DType::f32, n, out);
     case DType::q4_0:
       return dequantize_blocks<Q4_0>(row, n, out);
     case DType::q4_1:

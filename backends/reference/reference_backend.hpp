@@ -41,8 +41,7 @@ class ReferenceBackend {
   std::span<const float> host(Tensor row) { return row[0]; }
 
   void embed(Tensor out, std::span<const std::int32_t> tokens, const Weight& w) {
-    for (int t = 0; t < out.n_rows; ++t)
-      dequantize_row(w.type, w.row(tokens[static_cast<std::size_t>(t)]), out.row(t), w.cols);
+    for (int t = 0; t < out.n_rows; ++t) dequantize(w, tokens[static_cast<std::size_t>(t)], out.row(t));
   }
 
   void rms_norm(Tensor out, Tensor x, const Vector& weight, float eps) {
@@ -266,7 +265,7 @@ class ReferenceBackend {
     Strided out(y.data, y.n_rows, y.n_cols, Eigen::OuterStride<>(y.stride));
     for (int begin = 0; begin < w.rows; begin += band) {
       const int n = std::min(band, w.rows - begin);
-      for (int r = 0; r < n; ++r) dequantize_row(w.type, w.row(begin + r), rows.row(r).data(), w.cols);
+      for (int r = 0; r < n; ++r) dequantize(w, begin + r, rows.row(r).data());
       out.middleCols(begin, n).noalias() = in * rows.topRows(n).transpose();
     }
   }

@@ -112,6 +112,33 @@ TEST_CASE("f16 rounds to nearest, ties to even") {
   static_assert(f32_to_f16(1.0f) == 0x3c00 && f16_to_f32(0x0001) == 0x1p-24f);
 }
 
+TEST_CASE("every F8_E4M3 code is read as defined; between two, the nearest is written, ties to even") {
+  const auto value = [](unsigned code) {  // the definition, in double
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    const double magnitude = exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp(fraction, -9);
+    return code & 0x80 ? -magnitude : magnitude;
+  };
+  for (unsigned code = 0; code < 256; ++code) {
+    const float f = f8_e4m3_to_f32(static_cast<std::uint8_t>(code));
+    if ((code & 0x7f) == 0x7f) {
+      REQUIRE(std::isnan(f));
+      REQUIRE((f32_to_f8_e4m3(f) & 0x7f) == 0x7f);
+      continue;
+    }
+    REQUIRE(f == value(code));
+    REQUIRE(std::signbit(f) == (code >> 7 != 0));
+    REQUIRE(f32_to_f8_e4m3(f) == code);
+    const unsigned next = code + 1;  // one magnitude up; above 448, as if 480 were one
+    const auto tie = static_cast<float>((value(code) + value(next)) / 2);
+    REQUIRE(f32_to_f8_e4m3(tie) == code + code % 2);
+    REQUIRE(f32_to_f8_e4m3(std::nextafter(tie, 0.0f)) == code);
+    REQUIRE(f32_to_f8_e4m3(std::nextafter(tie, 1e9f * tie)) == next);
+  }
+  static_assert(f8_e4m3_to_f32(0x7e) == 448 && f8_e4m3_to_f32(0x81) == -0x1p-9f);
+  CHECK(f32_to_f8_e4m3(inf) == 0x7f);
+  CHECK(f32_to_f8_e4m3(1e-30f) == 0);
+}
+
 TEST_CASE("bf16 is the upper half of a float, rounded to even") {
   for (unsigned h = 0; h < 65536; ++h) {
     const float f = bf16_to_f32(static_cast<std::uint16_t>(h));
@@ -126,21 +153,6 @@ TEST_CASE("bf16 is the upper half of a float, rounded to even") {
     }
   }
   CHECK(std::isnan(bf16_to_f32(f32_to_bf16(std::bit_cast<float>(0x7f800001u)))));  // not rounded to infinity
-}
-
-TEST_CASE("every F8 code is read as defined") {
-  for (unsigned h = 0; h < 256; ++h) {
-    const float f = f8_e4m3_to_f32(static_cast<std::uint8_t>(h));
-    const int exponent = (h >> 3) & 15, fraction = h & 7;
-    if (exponent == 15 && fraction == 7) {
-      CHECK(std::isnan(f));
-      continue;
-    }
-    const double magnitude = exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
-    CHECK(f == (h >> 7 ? -magnitude : magnitude));
-    CHECK(std::signbit(f) == (h >> 7 != 0));
-  }
-  static_assert(f8_e4m3_to_f32(0x7e) == 448 && f8_e4m3_to_f32(0x81) == -0x1p-9f);
 }
 
 TEST_CASE("blocks have the values that the gguf package gives them, at any address") {

@@ -19,7 +19,7 @@ using test::nmse;
 
 namespace {
 
-const std::vector<std::string> goldens{"release", "fused", "sharded", "yarn"};
+const std::vector<std::string> goldens{"release", "fused", "sharded", "yarn", "fp8"};
 
 // A backend that keeps the residual stream after each layer.
 template <BackendOps B>

@@ -112,6 +112,26 @@ inline void write_safetensors(const fs::path& path, const Tensors& tensors, DTyp
   write_text(path, safetensors_text(header.dump(), data));
 }
 
+// A tensor as it will lie in a file.
+struct StoredTensor {
+  std::string dtype;
+  Shape shape;
+  std::string bytes;
+};
+using StoredTensors = std::map<std::string, StoredTensor>;
+
+inline void write_safetensors(const fs::path& path, const StoredTensors& tensors) {
+  json header;
+  std::string data;
+  for (const auto& [name, tensor] : tensors) {
+    std::vector<std::int64_t> shape(tensor.shape.span().begin(), tensor.shape.span().end());
+    header[name] = {
+        {"dtype", tensor.dtype}, {"shape", shape}, {"data_offsets", {data.size(), data.size() + tensor.bytes.size()}}};
+    data += tensor.bytes;
+  }
+  write_text(path, safetensors_text(header.dump(), data));
+}
+
 inline void write_gguf(const fs::path& path, const Config& c, const Tensors& tensors, DType type = DType::f32) {
   GgufWriter out(path);
   set_gguf_config(out, c);
@@ -380,7 +400,7 @@ inline void write_hf(const fs::path& folder, const Config& c, const Tensors& ten
 inline std::vector<float> floats(const WeightView& w) {
   std::vector<float> out(static_cast<std::size_t>(w.rows) * static_cast<std::size_t>(w.cols));
   for (int r = 0; r < w.rows; ++r) {
-    dequantize_row(w.type, w.row(r), out.data() + static_cast<std::ptrdiff_t>(r) * w.cols, w.cols);
+    dequantize(w, r, out.data() + static_cast<std::ptrdiff_t>(r) * w.cols);
   }
   return out;
 }

@@ -230,7 +230,8 @@ TEST_CASE("bind: missing, unexpected, misshapen and unsupported tensors are name
      "1 tensor missing (model.norm.weight); 1 tensor unexpected (norm.weight)");
   hf([&](Tensors& x) { x["model.norm.weight"] = one; }, "tensor model.norm.weight is [1], expected [20] by the config");
   hf([&](Tensors& x) { x["model.layers.0.mlp.switch_mlp.gate_proj.weight"] = one; }, "it is an MLX conversion");
-  hf([&](Tensors& x) { x["model.layers.0.mlp.gate.weight_scale_inv"] = one; }, "FP8 weights are not supported yet");
+  hf([&](Tensors& x) { x["model.layers.0.mlp.gate.weight_scale_inv"] = one; },
+     "has model.layers.0.mlp.gate.weight_scale_inv, but model.layers.0.mlp.gate.weight is F32, expected F8_E4M3");
   hf([&](Tensors& x) { x["model.layers.0.mlp.gate.qweight"] = one; }, "GPTQ");
   hf(
       [&](Tensors& x) {  // MLX's convolution, if it gets that far
@@ -267,7 +268,7 @@ TEST_CASE("bind: missing, unexpected, misshapen and unsupported tensors are name
   text.replace(at, 3, "I32");
   write_text(folder / "hf/model.safetensors", text);
   CHECK(contains(error_of([&] { Checkpoint::open(folder / "hf"); }),
-                 "model.safetensors: tensor lm_head.weight is I32, expected F32, F16 or BF16"));
+                 "model.safetensors: tensor lm_head.weight is I32, expected F32, F16, BF16 or F8_E4M3"));
 }
 
 TEST_CASE("bind: tied embeddings") {

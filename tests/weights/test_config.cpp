@@ -103,6 +103,16 @@ TEST_CASE("config.json: YaRN") {
   CHECK(!parse(with(base(), {{"rope_scaling", {{"rope_type", "default"}}}})).yarn);
 }
 
+TEST_CASE("config.json: the FP8 release") {
+  const json fp8{{"quant_method", "fp8"},
+                 {"fmt", "e4m3"},
+                 {"activation_scheme", "dynamic"},
+                 {"weight_block_size", {128, 128}},
+                 {"modules_to_not_convert", {"lm_head", "model.layers.0.mlp.gate"}}};
+  CHECK(same_config(parse(with(base(), {{"quantization_config", fp8}})), parse(base())));
+  CHECK(same_config(parse(with(base(), {{"quantization_config", {{"quant_method", "fp8"}}}})), parse(base())));
+}
+
 TEST_CASE("config.json: what cannot be run is refused with the reason") {
   const auto refused = [](const json& j, const std::string& part) {
     CAPTURE(part);
@@ -113,9 +123,19 @@ TEST_CASE("config.json: what cannot be run is refused with the reason") {
   const auto changed = [&](const json& changes, const std::string& part) { refused(with(base(), changes), part); };
   changed({{"model_type", "qwen3_moe"}}, "model_type is 'qwen3_moe', expected 'qwen3_next'");
   refused(without(base(), "model_type"), "model_type is ''");
-  changed({{"quantization_config", {{"quant_method", "fp8"}}}}, "FP8 weights are not supported yet");
-  changed({{"quantization_config", {{"quant_method", "gptq"}}}}, "quant_method \"gptq\" is not supported");
-  changed({{"quantization_config", 5}}, "is not supported");
+  for (const char* method : {"gptq", "awq", "compressed-tensors", "bitsandbytes", "mxfp4"}) {
+    changed({{"quantization_config", {{"quant_method", method}}}},
+            concat("quantization_config has quant_method '", method, "', expected 'fp8'; use the BF16 or FP8 release"));
+  }
+  changed({{"quantization_config", 5}}, "quantization_config is a number, expected an object");
+  const auto fp8 = [&](const json& changes, const std::string& part) {
+    changed({{"quantization_config", with({{"quant_method", "fp8"}}, changes)}}, part);
+  };
+  fp8({{"fmt", "e5m2"}}, "has fmt 'e5m2', expected 'e4m3'");
+  fp8({{"activation_scheme", "static"}}, "has activation_scheme 'static', expected 'dynamic'");
+  fp8({{"weight_block_size", {64, 128}}}, "has weight_block_size [64,128], expected [128,128]");
+  fp8({{"weight_block_size", nullptr}}, "has weight_block_size null");
+  fp8({{"fmt", 4}}, "fmt is a number, expected a string");
   changed({{"quantization", {{"bits", 4}}}}, "an MLX conversion");
   changed({{"hidden_act", "gelu"}}, "hidden_act is 'gelu', expected 'silu'");
   changed({{"attention_bias", true}}, "attention_bias is true");

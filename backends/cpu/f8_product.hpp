@@ -1,0 +1,112 @@
+#pragma once
+// F8_E4M3 weights, whose rows have a factor for every 128 columns: few rows of activations times rows of weights, and
+// rows of weights as floats.  Many rows of activations go through the latter and float_product.hpp.
+//
+// A code becomes a half by moving its bits: the same fraction, an exponent that is smaller by 8, subnormals included.
+// The vectors here are thus 256 times too small, which the factor makes good.
+
+#include "backends/cpu/simd.hpp"
+
+namespace qwen3next::cpu::QWEN3NEXT_ISA {
+namespace QWEN3NEXT_KERNEL_UNIT {
+
+constexpr int f8_block = 128;
+static_assert(f8_block % lanes == 0);
+
+#if !defined(__AVX2__)
+struct F8Table {
+  float value[256];  // / 256
+};
+constexpr F8Table make_f8_table() {
+  F8Table table{};
+  for (int code = 0; code < 256; ++code) {
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    float value = exponent ? static_cast<float>(8 + fraction) : static_cast<float>(2 * fraction);
+    for (int e = exponent ? exponent : 0; e > 0; --e) value *= 2;
+    value *= 0x1p-18f;  // 2^(e - 7) / 8 / 256; subnormals count in steps of 2^-9 / 256
+    if ((code & 0x7f) == 0x7f) value = __builtin_nanf("");
+    table.value[code] = code & 0x80 ? -value : value;
+  }
+  return table;
+}
+inline constexpr F8Table f8_table = make_f8_table();
+#endif
+
+// `lanes` codes as floats / 256.
+QWEN3NEXT_FORCE_INLINE F load_f8(const std::byte* p) noexcept {
+#if defined(__AVX512F__)
+  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
+  const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<short>(0xbfff)));
+  const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(wide, _mm256_set1_epi16(0x3f80)),  //
+                                                _mm256_set1_epi16(0x3f80));
+  return F(_mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7fff))));
+#elif defined(__AVX2__)
+  const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
+  const __m128i half = _mm_and_si128(wide, _mm_set1_epi16(static_cast<short>(0xbfff)));
+  const __m128i top = _mm_set1_epi16(0x3f80), nan = _mm_cmpeq_epi16(_mm_and_si128(wide, top), top);
+  return F(_mm256_cvtph_ps(_mm_or_si128(half, nan)));
+#else
+  alignas(64) float out[lanes];
+  for (int i = 0; i < lanes; ++i) out[i] = f8_table.value[static_cast<unsigned char>(p[i])];
+  return F::load_aligned(out);
+#endif
+}
+QWEN3NEXT_FORCE_INLINE F load_f8_part(const std::byte* p, int n) noexcept {
+  alignas(64) std::byte buffer[lanes] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(n));
+  return load_f8(buffer);
+}
+
+// 256 times the factor of block b; null stands for ones.
+QWEN3NEXT_FORCE_INLINE float f8_factor(const std::byte* factors, DType type, int b) noexcept {
+  if (!factors) return 256;
+  if (type == DType::f32) return 256 * peek<float>(factors + 4 * static_cast<std::ptrdiff_t>(b));
+  const auto bits = static_cast<std::uint32_t>(peek<std::uint16_t>(factors + 2 * static_cast<std::ptrdiff_t>(b)));
+  return 256 * __builtin_bit_cast(float, bits << 16);
+}
+
+// y[r] = w[r] . x for R rows.  The order of the sums is that of product_tile over rows of floats.
+template <int R>
+void f8_product_rows(const std::byte* const* w, const std::byte* const* factors, DType factor_type, const float* x,
+                     int n, float* y) noexcept {
+  F acc[R], factor[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) acc[r] = F(0.0f);
+  for (int begin = 0; begin < n; begin += f8_block) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) factor[r] = F(f8_factor(factors[r], factor_type, begin / f8_block));
+    const int end = n - begin < f8_block ? n : begin + f8_block;
+    int i = begin;
+    for (; i + lanes <= end; i += lanes) {
+      const F xi = load(x + i);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) acc[r] = xsimd::fma(load_f8(w[r] + i) * factor[r], xi, acc[r]);
+    }
+    if (i < end) {
+      const F xi = load_part(x + i, end - i);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) acc[r] = xsimd::fma(load_f8_part(w[r] + i, end - i) * factor[r], xi, acc[r]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) y[r] = sum(acc[r]);
+}
+
+inline void f8_product(const std::byte* const* w, const std::byte* const* factors, DType factor_type, int rows, int n,
+                       const float* x, float* y) noexcept {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) f8_product_rows<4>(w + r, factors + r, factor_type, x, n, y + r);
+  for (; r < rows; ++r) f8_product_rows<1>(w + r, factors + r, factor_type, x, n, y + r);
+}
+
+// A row of n weights as floats.
+inline void dequantize_f8(const std::byte* row, const std::byte* factors, DType factor_type, int n,
+                          float* out) noexcept {
+  for_lanes(n, [&](int i, int m) {
+    const F factor(f8_factor(factors, factor_type, i / f8_block));
+    store_some(out + i, (m == lanes ? load_f8(row + i) : load_f8_part(row + i, m)) * factor, m);
+  });
+}
+
+}  // namespace QWEN3NEXT_KERNEL_UNIT
+}  // namespace qwen3next::cpu::QWEN3NEXT_ISA
