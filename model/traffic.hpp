@@ -27,14 +27,6 @@ inline double expected_distinct_experts(int E, int k, double T) noexcept {
 
 namespace detail {
 
-// Weights without values, for zip() to have something to fill.
-struct NoWeights {
-  struct Nothing {};
-  using Weight = Nothing;
-  using Vector = Nothing;
-  using Experts = Nothing;
-};
-
 struct LayerBytes {
   double dense = 0, expert = 0;  // of all that every token meets; of one expert, on average
 };

@@ -122,4 +122,12 @@ void zip(const ModelWeights<A>& from, ModelWeights<B>& to, F&& f) {
   if (from.mtp) zip(*from.mtp, to.mtp.emplace(), f);
 }
 
+// Weights without values: what zip() fills when only `from` is of interest.
+struct NoWeights {
+  struct Nothing {};
+  using Weight = Nothing;
+  using Vector = Nothing;
+  using Experts = Nothing;
+};
+
 }  // namespace qwen3next

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 # Shares of the tokens: first mostly prose, then (while the learning rate falls) more stories and chat. The filler of recall rows
-# is a quarter stories, so that the run reads every story about ten times, in three versions with other names.
+# is a quarter stories, so that 60 M tokens hold every story about seven times, in three versions with other names.
 EARLY = {"story": 0.05, "story_chat": 0.06, "books": 0.61, "dialogue": 0.02, "talk": 0.08, "recall": 0.16, "counting": 0.02}
 LATE = {"story": 0.15, "story_chat": 0.20, "books": 0.35, "dialogue": 0.01, "talk": 0.10, "recall": 0.17, "counting": 0.02}
 # (until this share of the time, row length, mixture)

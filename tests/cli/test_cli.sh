@@ -325,13 +325,7 @@ check "no prefill" bash -c '! grep -q prefill out'
 try 1 bench "$release" -n 4 -d 5000
 one_line
 try 0 inspect "$release"
-prints "model.layers.*.mlp.experts.*.up_proj.weight"
-try 0 inspect "$release" --json --ctx 100
-python '
-import json
-m = json.load(open("out"))
-assert m["config"]["vocab_size"] == 200 and m["mtp"] and m["memory"]["context"] == 100
-assert sum(t["bytes"] for t in m["tensors"]) == sum(g["bytes"] for g in m["tensor_groups"])'
+prints "layers.*.mlp.experts.*.up_proj.weight"
 
 # --- quantize -------------------------------------------------------------------------------------------------------------------
 
