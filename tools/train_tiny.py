@@ -4,7 +4,8 @@
     tools/train_tiny.py --corpus CORPUS --out OUT             # tokenizer, data, training, measurements, export: the shipped run
     tools/train_tiny.py --corpus CORPUS --out OUT --smoke     # the same with a smaller model in a minute or two on a CPU
 
-OUT gets data/ (tokenizer.json, tokens.npz, data.json), hf/ (the model) and train_log.json (settings, loss curve, results).
+OUT gets data/ (tokenizer.json, tokens.npz, data.json), hf/ (the model), calibration.txt (for `quantize --calibrate`) and
+train_log.json (settings, loss curve, results).
 `--prepared DIR` takes data/ from an earlier run. The learning rate follows the clock, so that a run always ends in time:
 warm-up, constant, then a straight line to zero. The stories are few (two million tokens): strong weight decay and dropout keep
 the model from knowing them by heart; the validation lines tell. `best.pt` in OUT holds the weights of the best validation;
@@ -177,6 +178,7 @@ def main():
         model.load_state_dict(torch.load(out / "best.pt", map_location=device))
         log("taking the weights of the best validation")
     M.export(model, out / "hf", prepared / "tokenizer.json", D.tokenizer_config(), a.template)
+    (out / "calibration.txt").write_text(D.calibration_text(data))
     result["sha256"] = {f: sha256(out / "hf" / f) for f in ("model.safetensors", "tokenizer.json")}
     save = lambda: (out / "train_log.json").write_text(json.dumps(result, indent=None, separators=(",", ":")))
     save()

@@ -170,6 +170,18 @@ class Tokens:
         return self.arrays[stream][at[i]:at[i + 1]]
 
 
+def calibration_text(data, seed=7):
+    """About 33 thousand tokens of the training texts, for `qwen3next quantize --calibrate`."""
+    rng, texts = random.Random(seed), []
+    for name, share in (("story", 9000), ("story_chat", 12000), ("talk", 6000), ("books", 6000)):
+        size = 0
+        while size < share:
+            d = data.doc(name, rng.randrange(data.count(name)))[:900]
+            texts.append(data.tok.decode(d.tolist(), skip_special_tokens=False)); size += len(d)
+    rng.shuffle(texts)
+    return "".join(texts)
+
+
 def recall(data, rng, length, asks=None):
     """A row of about `length` tokens: facts told among stories, asked for at the end. -> ids, [(start, end) of each value]."""
     n = data.count("fact_statement")
