@@ -263,6 +263,7 @@ class Batches {
 // What a type can hold: beyond it a scale would be infinite.
 inline float largest_value(DType type) noexcept {
   if (type == DType::f32) return std::numeric_limits<float>::max();
+  if (type == DType::nvfp4) return 6 * 448;
   return type == DType::bf16 ? 0x1.fep127f : 65504.0f;
 }
 
