@@ -107,6 +107,15 @@ constexpr Kernels make_table() {
 
 inline constexpr Kernels table = make_table();
 
+static_assert(
+    [] {
+      for (const DTypeInfo& i : dtype_table) {
+        if (i.quantised && !table.row_product[static_cast<std::size_t>(i.type)]) return false;
+      }
+      return true;
+    }(),
+    "make_table() lacks a quantised type");
+
 }  // namespace QWEN3NEXT_KERNEL_UNIT
 
 #if QWEN3NEXT_HEADER_ONLY_KERNELS

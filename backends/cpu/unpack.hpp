@@ -44,13 +44,38 @@ using Q4_1 = Legacy<false, true>;
 using Q5_0 = Legacy<true, false>;
 using Q5_1 = Legacy<true, true>;
 
-// n bytes of nibbles that index a table of levels: low nibbles to q[0..n), high ones to q[n..2 n).
+// n = 8 or 16 bytes of nibbles that index a table of levels: low nibbles to q[0..n), high ones to q[n..2 n).
 template <int n>
 QWEN3NEXT_FORCE_INLINE void look_up(const std::byte* qs, const std::int8_t* table, std::int8_t* q) noexcept {
+#if defined(__SSSE3__)
+  const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table)), nibble = _mm_set1_epi8(15);
+  auto* out = reinterpret_cast<__m128i*>(q);
+  if constexpr (n == 16) {
+    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(qs));
+    _mm_storeu_si128(out, _mm_shuffle_epi8(levels, _mm_and_si128(both, nibble)));
+    _mm_storeu_si128(out + 1, _mm_shuffle_epi8(levels, _mm_and_si128(_mm_srli_epi16(both, 4), nibble)));
+  } else {
+    const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(qs));
+    const __m128i index = _mm_and_si128(_mm_unpacklo_epi64(both, _mm_srli_epi16(both, 4)), nibble);
+    _mm_storeu_si128(out, _mm_shuffle_epi8(levels, index));
+  }
+#elif defined(__aarch64__)
+  const int8x16_t levels = vld1q_s8(table);
+  const auto* in = reinterpret_cast<const std::uint8_t*>(qs);
+  if constexpr (n == 16) {
+    const uint8x16_t both = vld1q_u8(in);
+    vst1q_s8(q, vqtbl1q_s8(levels, vandq_u8(both, vdupq_n_u8(15))));
+    vst1q_s8(q + 16, vqtbl1q_s8(levels, vshrq_n_u8(both, 4)));
+  } else {
+    const uint8x8_t both = vld1_u8(in);
+    vst1q_s8(q, vqtbl1q_s8(levels, vcombine_u8(vand_u8(both, vdup_n_u8(15)), vshr_n_u8(both, 4))));
+  }
+#else
   for (int l = 0; l < n; ++l) {
     q[l] = table[byte_at(qs, l) & 15];
     q[n + l] = table[byte_at(qs, l) >> 4];
   }
+#endif
 }
 
 inline constexpr std::int8_t iq4_table[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
