@@ -45,16 +45,16 @@ struct IQ4Levels {
 
 struct IQ4_NLSpec {
   using Levels = IQ4Levels;
-  static constexpr int elements = 32, starts = 16;
+  static constexpr int elements = 32, starts = 8;
   static constexpr bool has_offset = false;
-  static constexpr float from = -14, step = 6;
+  static constexpr float from = -14, step = 12;
 };
 
 struct IQ4_XSSpec {
   using Levels = IQ4Levels;
   static constexpr int sub_blocks = 8, depth = 32, scale_low = -32, scale_high = 31, min_high = 0;
-  static constexpr int steps = 8;
-  static constexpr float from = -14, step = 6;
+  static constexpr int steps = 4;
+  static constexpr float from = -14, step = 12;
 };
 
 }  // namespace detail

@@ -30,8 +30,8 @@ namespace detail {
 struct Q2_KSpec {
   using Levels = IntegerLevels<0, 3>;
   static constexpr int sub_blocks = 16, depth = 16, scale_low = 0, scale_high = 15, min_high = 15;
-  static constexpr int steps = 20;
-  static constexpr float from = -0.5f, step = 0.1f;
+  static constexpr int steps = 14;
+  static constexpr float from = -0.5f, step = 0.14f;
 };
 struct Q3_KSpec {
   using Levels = IntegerLevels<-4, 3>;
