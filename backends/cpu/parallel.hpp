@@ -27,7 +27,7 @@ class Team {
 
   // f(thread, threads) on every thread of the team, or f(0, 1).
   template <class F>
-  void run(std::int64_t work, F f) const {
+  void run([[maybe_unused]] std::int64_t work, F f) const {
 #if defined(_OPENMP)
     if (threads_ > 1 && work >= worth_sharing) {
 #pragma omp parallel num_threads(threads_)
