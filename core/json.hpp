@@ -25,6 +25,12 @@ inline Json read_json(std::string_view text, std::string_view source, int max_de
   }
 }
 
+// Tells `events` what `text` holds, in order.  One function for all kinds of readers: nlohmann's sax_parse brings its
+// readers of five binary formats along, for each type that it is given.
+inline void read_json_events(std::string_view text, nlohmann::json_sax<Json>& events) {
+  Json::sax_parse(text.begin(), text.end(), &events);
+}
+
 // What a JSON value is, for "expected a number, found a string".
 inline std::string_view json_kind(const Json& value) {
   switch (value.type()) {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "core/error.hpp"
+#include "core/json.hpp"
 #include "text/utf8.hpp"
 
 namespace qwen3next {
@@ -68,32 +69,33 @@ class ObjectFiller {
 };
 
 // Builds an ordered_json from nlohmann's SAX events.
-class JsonBuilder {
+class JsonBuilder final : public nlohmann::json_sax<nlohmann::json> {
  public:
   JsonBuilder(std::string what, BigInt big_int) : what_(std::move(what)), big_int_(big_int) {}
 
   ordered_json result;
 
-  bool null() { return put(nullptr); }
-  bool boolean(bool value) { return put(value); }
-  bool number_integer(std::int64_t value) { return put(value); }
-  bool number_unsigned(std::uint64_t value) { return put(value); }
-  bool number_float(double value, const std::string& digits) {
+  bool null() override { return put(nullptr); }
+  bool boolean(bool value) override { return put(value); }
+  bool number_integer(std::int64_t value) override { return put(value); }
+  bool number_unsigned(std::uint64_t value) override { return put(value); }
+  bool number_float(double value, const std::string& digits) override {
     if (big_int_ == BigInt::exact && digits.find_first_of(".eE") == std::string::npos)
       return put(ordered_json::binary(std::vector<std::uint8_t>(digits.begin(), digits.end())));
     return put(value);
   }
-  bool string(std::string& value) { return put(std::move(value)); }
-  bool binary(ordered_json::binary_t&) { return false; }
-  bool start_object(std::size_t) { return open(ordered_json::object()); }
-  bool start_array(std::size_t) { return open(ordered_json::array()); }
-  bool key(std::string& key) {
+  bool string(std::string& value) override { return put(std::move(value)); }
+  bool binary(ordered_json::binary_t&) override { return false; }
+  bool start_object(std::size_t) override { return open(ordered_json::object()); }
+  bool start_array(std::size_t) override { return open(ordered_json::array()); }
+  bool key(std::string& key) override {
     slot_ = &open_.back().filler.slot(key);
     return true;
   }
-  bool end_object() { return close(); }
-  bool end_array() { return close(); }
-  [[noreturn]] bool parse_error(std::size_t position, const std::string&, const nlohmann::json::exception& error) {
+  bool end_object() override { return close(); }
+  bool end_array() override { return close(); }
+  [[noreturn]] bool parse_error(std::size_t position, const std::string&,
+                                const nlohmann::json::exception& error) override {
     throw Error(what_ + ": not valid JSON at byte " + std::to_string(position) + ": " + excerpt(error.what(), 200));
   }
 
@@ -138,7 +140,7 @@ class JsonBuilder {
 // `what` names the text in errors ("messages.json").
 inline ordered_json parse_json(std::string_view text, std::string_view what, BigInt big_int = BigInt::exact) {
   JsonBuilder builder{std::string(what), big_int};
-  nlohmann::json::sax_parse(text.begin(), text.end(), &builder);
+  read_json_events(text, builder);
   return std::move(builder.result);
 }
 

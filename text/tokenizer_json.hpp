@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/error.hpp"
+#include "core/json.hpp"
 #include "text/pretokenizer.hpp"
 #include "text/python_json.hpp"
 #include "text/vocabulary.hpp"
@@ -31,7 +32,7 @@ namespace detail {
 
 // Takes the two long lists, model.vocab and model.merges, straight from the parser (a DOM of them would take longer
 // than all the rest) and builds everything else as usual.
-class TokenizerSax {
+class TokenizerSax final : public nlohmann::json_sax<nlohmann::json> {
  public:
   explicit TokenizerSax(std::string file) : file_(file), builder_(std::move(file), BigInt::rounded) {}
 
@@ -39,19 +40,21 @@ class TokenizerSax {
   std::vector<std::string> merges;
   ordered_json& rest() { return builder_.result; }
 
-  bool null() { return list_ == List::none ? builder_.null() : misplaced(); }
-  bool boolean(bool value) { return list_ == List::none ? builder_.boolean(value) : misplaced(); }
-  bool number_integer(std::int64_t value) { return list_ == List::none ? builder_.number_integer(value) : misplaced(); }
-  bool number_unsigned(std::uint64_t value) {
+  bool null() override { return list_ == List::none ? builder_.null() : misplaced(); }
+  bool boolean(bool value) override { return list_ == List::none ? builder_.boolean(value) : misplaced(); }
+  bool number_integer(std::int64_t value) override {
+    return list_ == List::none ? builder_.number_integer(value) : misplaced();
+  }
+  bool number_unsigned(std::uint64_t value) override {
     if (list_ == List::none) return builder_.number_unsigned(value);
     if (list_ != List::vocab || depth_ != 3 || value > std::numeric_limits<std::int32_t>::max()) return misplaced();
     vocab.emplace_back(std::move(key_), value);
     return true;
   }
-  bool number_float(double value, const std::string& digits) {
+  bool number_float(double value, const std::string& digits) override {
     return list_ == List::none ? builder_.number_float(value, digits) : misplaced();
   }
-  bool string(std::string& value) {
+  bool string(std::string& value) override {
     if (list_ == List::none) return builder_.string(value);
     if (list_ != List::merges) return misplaced();
     if (depth_ == 3) {
@@ -67,21 +70,21 @@ class TokenizerSax {
     }
     return true;
   }
-  bool binary(nlohmann::json::binary_t&) { return false; }
+  bool binary(nlohmann::json::binary_t&) override { return false; }
 
-  bool start_object(std::size_t size) {
+  bool start_object(std::size_t size) override {
     return open(List::vocab, [&] { return builder_.start_object(size); });
   }
-  bool end_object() {
+  bool end_object() override {
     return close([&] { return builder_.end_object(); });
   }
-  bool start_array(std::size_t size) {
+  bool start_array(std::size_t size) override {
     return open(List::merges, [&] { return builder_.start_array(size); });
   }
-  bool end_array() {
+  bool end_array() override {
     return close([&] { return builder_.end_array(); });
   }
-  bool key(std::string& key) {
+  bool key(std::string& key) override {
     if (list_ == List::vocab) {
       key_ = std::move(key);
       return true;
@@ -92,7 +95,7 @@ class TokenizerSax {
     next_ = inside && key == "vocab" ? List::vocab : inside && key == "merges" ? List::merges : List::none;
     return builder_.key(key);
   }
-  bool parse_error(std::size_t position, const std::string& token, const nlohmann::json::exception& error) {
+  bool parse_error(std::size_t position, const std::string& token, const nlohmann::json::exception& error) override {
     return builder_.parse_error(position, token, error);
   }
 
@@ -197,7 +200,7 @@ inline bool read_settings(const TokenizerChecks& checks) {
 inline TokenizerParts read_tokenizer_json(std::string_view json, std::string_view file) {
   const std::string name(file);
   detail::TokenizerSax sax(name);
-  nlohmann::json::sax_parse(json.begin(), json.end(), &sax);
+  read_json_events(json, sax);
   if (!sax.rest().is_object()) throw Error(name + ": not a tokenizer.json, expected an object");
   const ordered_json& root = sax.rest();
 

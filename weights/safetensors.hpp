@@ -213,7 +213,7 @@ inline void read_safetensors(const MappedFile& file, int file_index, std::vector
   if (json.front() != '{') throw_error(file.name(), ": the header does not start with '{'; not a safetensors file");
   const std::size_t first = records.size(), data_begin = prefix + static_cast<std::size_t>(header);
   detail::SafetensorsHeader reader(file, file_index, data_begin, records);
-  Json::sax_parse(json.begin(), json.end(), &reader);
+  read_json_events(json, reader);
 
   // The format allows neither overlaps nor holes; either means that the file is not what was written.
   const auto added = records.begin() + static_cast<std::ptrdiff_t>(first);
@@ -292,7 +292,7 @@ class ShardIndex : public nlohmann::json_sax<Json> {
 inline ShardCounts read_shard_index(const MappedFile& file) {
   const std::string_view json = file.text();
   ShardIndex index(file);
-  if (json.size() <= 100'000'000) Json::sax_parse(json.begin(), json.end(), &index);
+  if (json.size() <= 100'000'000) read_json_events(json, index);
   if (index.counts.empty()) {
     throw_error(file.name(), ": no \"weight_map\" from tensors to files; download it again");
   }
