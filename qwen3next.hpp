@@ -79,29 +79,34 @@ struct SessionOptions {
 
 class Session;
 
-// A model's files, mapped and bound to a backend.
+// A model's files, mapped and bound to a backend.  Immutable: any number of threads may use one at the same time.
+// Copies share everything; the files stay mapped until the last copy and session are gone.
 class Model {
  public:
-  // Opens a Hugging Face folder or a GGUF file (the first, if it is split).  Throws Error.
+  // Opens a Hugging Face folder (config.json and *.safetensors) or a GGUF file (the first, if it is split).  Reads the
+  // headers and checks every tensor's name, type and shape; weights are mapped, not read.  Throws Error if the files
+  // are no Qwen3-Next or damaged, or if the options ask for what is not there.
   static Model open(const std::filesystem::path& path, const Options& options = {});
 
-  // The memory that a session on this model needs, in bytes, before anything is allocated.
+  // The memory that a session with these options needs at its full context, in bytes.  Allocates nothing.
   MemoryPlan plan(const SessionOptions& options = {}) const;
 
-  // A new, empty timeline.  Throws Error if the options do not fit the model.
+  // A new, empty timeline, independent of all others.  Throws Error if the options do not fit the model.
   Session session(const SessionOptions& options = {}) const;
 
+  // The shape, the files, and "cpu, avx512, 8 threads": what computes.
   const Config& config() const noexcept { return shared_->checkpoint.config; }
   const Checkpoint& checkpoint() const noexcept { return shared_->checkpoint; }
   std::string backend_description() const { return shared_->engine->description(); }
 
-  // Loaded when first asked for, since weights can be used without.  Throw Error if the files hold none.
+  // Loaded when first asked for (by whichever thread), since weights can be used without.  Throw Error if the files
+  // hold none, or one that is not Qwen's.
   const Tokenizer& tokenizer() const;
   const ChatTemplate& chat_template() const;
 
   // Sampling that the model's files advise (generation_config.json or GGUF metadata), Qwen's Instruct values elsewhere.
   Sampling sampling() const;
-  // Tokens that end a text: those of the files, else <|im_end|> and <|endoftext|>.
+  // Tokens that end a text: those that the files name, and <|im_end|> and <|endoftext|>.
   std::vector<std::int32_t> stop_tokens() const;
 
  private:
@@ -120,9 +125,11 @@ class Model {
   std::shared_ptr<const Shared> shared_;
 };
 
-// A session's state at some moment.  Cheap to copy; outlives its session.
+// A session's state at some moment: KV cache, DeltaNet states, tokens, logits.  Immutable, cheap to copy; outlives its
+// session, and any session of the same Model and KV type may restore it.
 class Snapshot {
  public:
+  // The number of tokens that it holds.
   std::int64_t position() const noexcept { return static_cast<std::int64_t>(tokens_.size()); }
 
  private:
@@ -132,18 +139,24 @@ class Snapshot {
   std::vector<float> logits_;
 };
 
+// One timeline: what was read and said so far, and the state that the model keeps of it.  One thread at a time;
+// sessions of one Model may run in different threads.  Movable, not copyable: snapshot() and restore() branch.
 class Session {
  public:
   // --- text ---------------------------------------------------------------------------------------------------------
 
-  // Continues the timeline with `prompt`, then with what the model makes of it.  Control tokens in the prompt are text.
+  // Continues the timeline with `prompt`, then with what the model makes of it, until something of `options` ends it.
+  // Control tokens spelled out in the prompt are text.  Throws Error if the prompt does not fit the context or is empty
+  // in an empty session, Cancelled if options.on_prefill returns false.  Without options: default_options().
   Generated generate(std::string_view prompt, const OnText& on_text, const GenerateOptions& options);
   Generated generate(std::string_view prompt, const OnText& on_text = {}) {
     return generate(prompt, on_text, default_options());
   }
 
   // Answers a conversation: OpenAI-style messages (role, content, tool_calls ...), rendered by the model's template.
-  // Give the whole list each time; what the session already holds of it is not computed again.
+  // Give the whole list each time; what the session already holds of it is not computed again.  `tools` is null or a
+  // list of {"type": "function", "function": {...}}.  Throws Error if the list is not such a conversation, does not fit
+  // the context, or the model has no chat template that is known.
   Answer chat(const nlohmann::ordered_json& messages, const OnEvent& on_event, const GenerateOptions& options,
               const nlohmann::ordered_json& tools = nullptr);
   Answer chat(const nlohmann::ordered_json& messages, const OnEvent& on_event = {}) {
@@ -157,32 +170,36 @@ class Session {
 
   // --- tokens -------------------------------------------------------------------------------------------------------
 
-  // Appends tokens; returns the logits [vocab_size] that follow the last one, valid until the next call.
+  // Appends tokens; returns the logits [vocab_size] that follow the last one, valid until the next call.  decode() is
+  // prefill() of one token and allocates nothing once it is warm.
   // Throws Error if they do not fit the context or are not in the vocabulary, Cancelled if `progress` returns false
   // (tokens done until then stay: see tokens()).
   std::span<const float> prefill(std::span<const std::int32_t> tokens, const Progress& progress = {});
   std::span<const float> decode(std::int32_t token) { return prefill({&token, 1}); }
 
   // Makes the timeline hold exactly `tokens`, computing only what is not there yet: all of it, unless the timeline is
-  // a beginning of `tokens`.  Returns how many were there.
+  // a beginning of `tokens`.  Returns the logits [vocab_size] after the last, and how many tokens were there before.
+  // Throws as prefill() does.
   struct Synced {
     std::span<const float> logits;
     std::int64_t reused;
   };
   Synced sync(std::span<const std::int32_t> tokens, const Progress& progress = {});
 
-  // Appends tokens and gives the logits of every one; of the MTP head, for every one but the last.
+  // Appends tokens and gives the logits [vocab_size] of every one, in order; mtp_logits() those of the MTP head, for
+  // every one but the last (row t guesses token t + 2).  Throw Error as prefill() does, or if there is no MTP head.
   void all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink);
   void mtp_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink);
 
   // --- the timeline -------------------------------------------------------------------------------------------------
 
+  // What the session holds, how much it may hold (in tokens), and of which model.
   std::span<const std::int32_t> tokens() const noexcept { return tokens_; }
   std::int64_t context() const noexcept { return context_; }
   const Model& model() const noexcept { return model_; }
 
-  // Exact: what follows a restore is bit for bit what followed the snapshot.  Throws Error if the snapshot is of
-  // another model's session or of another KV type.
+  // Exact: what follows a restore is bit for bit what followed the snapshot.  restore() throws Error if the snapshot is
+  // of another model's session, of another KV type or longer than the context.  reset() empties the timeline.
   Snapshot snapshot() const;
   void restore(const Snapshot& snapshot);
   void reset();

@@ -5,6 +5,7 @@
 
 namespace qwen3next {
 
+// What computes.
 enum class Backend : std::uint8_t {
   cpu,        // vector kernels, all cores; quantised weights meet int8 activations
   reference,  // the specification: float32, one thread, slow

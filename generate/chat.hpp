@@ -14,6 +14,7 @@ namespace qwen3next {
 // Called with each piece of reasoning, each piece of the answer and each whole tool call; false ends the generation.
 using OnEvent = std::function<bool(const AnswerEvent& event)>;
 
+// What the model answered, taken apart.
 struct Answer {
   std::string reasoning;             // what a Thinking model thought, without its tags
   std::string content;               // what it said

@@ -8,6 +8,8 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "backends/backend.hpp"
 #include "backends/backend_kind.hpp"
@@ -26,6 +28,9 @@ struct TimelineOptions {
   std::optional<KvType> kv{};  // nothing: f16 on cpu, f32 on reference
   int batch = 512;             // most tokens that go through the layers at a time
 };
+
+// The CPU kernels that this program holds and this machine can run, by name, best first: values of Options::isa.
+std::vector<std::string_view> available_isas();
 
 // Told after each step of a long prefill: tokens done, of how many.  Returning false stops it there.
 using Progress = std::function<bool(std::int64_t done, std::int64_t total)>;

@@ -18,14 +18,16 @@
 
 namespace qwen3next {
 
+// What ends a text and how its tokens are chosen.  Session::default_options() fills in what the model's files advise.
 struct GenerateOptions {
   Sampling sampling;
   std::int64_t max_tokens = -1;             // -1: until the model ends its turn or the context is full
   std::vector<std::string> stop{};          // text that ends the answer and is not part of it
-  std::vector<std::int32_t> stop_tokens{};  // tokens that end it; empty: the model's own
+  std::vector<std::int32_t> stop_tokens{};  // tokens that end it
   Progress on_prefill{};                    // during a long prompt
 };
 
+// What ended a text.
 enum class StopReason : std::uint8_t { end_of_text, stop_string, max_tokens, context_full, cancelled };
 
 constexpr std::string_view name(StopReason reason) noexcept {
@@ -33,15 +35,17 @@ constexpr std::string_view name(StopReason reason) noexcept {
   return names[static_cast<std::size_t>(reason)];
 }
 
+// What came of generating: the text, its tokens, why it ended, how long it took.
 struct Generated {
   std::string text;                  // what was shown: no stop strings, no control tokens
   std::vector<std::int32_t> tokens;  // sampled, the one that ended the text included
   StopReason reason = StopReason::end_of_text;
   std::int64_t prompt_tokens = 0;  // given
   std::int64_t reused_tokens = 0;  // of those, already in the session
-  double prompt_seconds = 0;
-  double decode_seconds = 0;
+  double prompt_seconds = 0;       // reading the prompt
+  double decode_seconds = 0;       // sampling and reading what was sampled
 
+  // Speeds, of the tokens that were computed.
   double prompt_tokens_per_second() const {
     return prompt_seconds > 0 ? static_cast<double>(prompt_tokens - reused_tokens) / prompt_seconds : 0;
   }

@@ -3,6 +3,8 @@
 
 #include <memory>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "backends/cpu/cpu_backend.hpp"
 #include "core/error.hpp"
@@ -24,6 +26,8 @@ std::unique_ptr<const Engine> engine_of(const Config& config, const ModelWeights
 }
 
 }  // namespace detail
+
+QWEN3NEXT_INLINE std::vector<std::string_view> available_isas() { return cpu::available_isas(); }
 
 QWEN3NEXT_INLINE std::unique_ptr<const Engine> make_engine(const Config& config, const ModelWeights<Views>& weights,
                                                            const EngineOptions& options) {

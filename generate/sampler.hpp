@@ -16,7 +16,8 @@
 
 namespace qwen3next {
 
-// Qwen's advice: Instruct temperature 0.7, top_p 0.8, top_k 20; Thinking 0.6, 0.95, 20.
+// How the next token is chosen from the logits.  Qwen's advice: Instruct temperature 0.7, top_p 0.8, top_k 20; Thinking
+// 0.6, 0.95, 20.
 struct Sampling {
   float temperature = 0.7f;      // 0: always the most probable token
   int top_k = 20;                // keep the k most probable; 0: all
@@ -63,6 +64,7 @@ inline Sampling advised(const GenerationDefaults& d) {
 // tokens for the first time.
 class Sampler {
  public:
+  // Throws Error naming an option out of range.
   explicit Sampler(const Sampling& sampling) : s_(sampling), random_(sampling.seed) { s_.validate(); }
 
   // A token of the prompt: counts for the repetition penalty alone.

@@ -14,6 +14,7 @@
 
 namespace qwen3next {
 
+// What mixes the tokens of a layer: a Gated DeltaNet or gated attention.
 enum class LayerType : std::uint8_t { linear_attention, full_attention };
 
 // YaRN context extension, arXiv:2309.00071; static, as Hugging Face applies it.
@@ -25,7 +26,7 @@ struct YarnScaling {
   std::optional<double> attention_factor{};  // of cos and sin; 0.1 ln(factor) + 1 unless given
 };
 
-// Defaults are Qwen3-Next-80B-A3B's.
+// A model's shape, by the names of config.json.  Defaults are Qwen3-Next-80B-A3B's.
 struct Config {
   int vocab_size = 151936;
   int hidden_size = 2048;
@@ -59,12 +60,16 @@ struct Config {
 
   bool has_mtp = false;  // not in config.json: the tensors say so
 
+  // Widths [floats per token] of what the layers pass on: keys, values, the convolution's channels, queries of
+  // attention, pairs of dims that rotary embedding turns, keys or values of attention.
   int key_dim() const noexcept { return linear_num_key_heads * linear_key_head_dim; }
   int value_dim() const noexcept { return linear_num_value_heads * linear_value_head_dim; }
   int conv_dim() const noexcept { return 2 * key_dim() + value_dim(); }
   int attention_dim() const noexcept { return num_attention_heads * head_dim; }
   int rotary_pairs() const noexcept { return (rotary_dim + 1) / 2; }  // dims i and i + pairs of a head turn together
   int kv_dim() const noexcept { return num_key_value_heads * head_dim; }
+
+  // Whether layer 0..num_hidden_layers-1 is one of gated attention.
   bool full_attention(int layer) const noexcept {
     return layer_types[static_cast<std::size_t>(layer)] == LayerType::full_attention;
   }

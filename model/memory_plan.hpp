@@ -10,12 +10,14 @@
 
 namespace qwen3next {
 
+// What a model and a session on it take, in bytes.
 struct MemoryPlan {
   std::uint64_t weights_mapped = 0;  // bytes of the files; the system pages them in and out
   std::uint64_t weights_copied = 0;  // small tensors that can't be used in place
   std::uint64_t kv_cache = 0;        // at the full context; grows with the text
   std::uint64_t delta_state = 0;     // DeltaNet states and convolution windows, independent of the length
   std::uint64_t scratch = 0;         // activations of one step
+  // What a session allocates in the end.
   std::uint64_t session() const noexcept { return kv_cache + delta_state + scratch; }
 };
 

@@ -17,6 +17,7 @@
 
 namespace qwen3next {
 
+// Which of Qwen3-Next's templates a model was trained with.
 enum class TemplateKind {
   instruct,  // never thinks
   thinking,  // the prompt ends inside <think>: the model's output starts with reasoning and holds only </think>
@@ -80,9 +81,10 @@ inline const std::string* string_member(const ordered_json& value, const char* k
 
 }  // namespace detail
 
-// Immutable; threads may share it.
+// Messages in, prompt out.  Immutable; threads may share it.
 class ChatTemplate {
  public:
+  // The template of that kind, whatever the files say.
   explicit ChatTemplate(TemplateKind kind) : kind_(kind) {}
 
   // Recognises the text of a template (chat_template.jinja, or the chat_template of a GGUF or tokenizer_config.json).
@@ -99,9 +101,11 @@ class ChatTemplate {
                 "); use --raw to go on without a template");
   }
 
+  // Whether the model thinks before it answers.
   TemplateKind kind() const noexcept { return kind_; }
 
-  // The prompt for OpenAI-style messages; `tools` is null or an array of {"type": "function", "function": {..}}.
+  // The prompt for OpenAI-style messages; `tools` is null or an array of {"type": "function", "function": {..}}. Throws
+  // Error if `messages` is not such a list.
   std::string render(const ordered_json& messages, const ordered_json& tools = nullptr,
                      bool add_generation_prompt = true) const {
     return render_prompt(messages, tools, add_generation_prompt).text();

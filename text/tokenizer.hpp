@@ -36,9 +36,11 @@ namespace qwen3next {
 // <tool_call>) are matched either way, as Hugging Face does.
 enum class Special { as_text, parse };
 
-// Immutable after construction; any number of threads may use one at the same time.
+// Text to token ids and back: Qwen's byte-level BPE.  Immutable after construction; any number of threads may use one
+// at the same time.
 class Tokenizer {
  public:
+  // The text of a tokenizer.json; `file` is its name, for errors.  Throws Error if it is damaged or not Qwen's kind.
   static Tokenizer from_json(std::string_view json, std::string_view file) {
     return Tokenizer(read_tokenizer_json(json, file), file);
   }
@@ -56,6 +58,7 @@ class Tokenizer {
     return Tokenizer(parts, source);
   }
 
+  // The ids of a text.  Throws Error if it has bytes that the vocabulary has no token for (Qwen's has all 256).
   std::vector<std::int32_t> encode(std::string_view text, Special special = Special::as_text) const {
     std::vector<std::int32_t> ids;
     ids.reserve(text.size() / 4 + 1);
@@ -262,11 +265,14 @@ class Tokenizer {
 };
 
 // Tokens in, text out, as they are generated: only whole characters leave, the same text however the tokens fall.
+// One thread at a time; the tokenizer must outlive it.
 class Utf8Stream {
  public:
+  // With skip_special, control tokens give no text.
   explicit Utf8Stream(const Tokenizer& tokenizer, bool skip_special = false)
       : tokenizer_(&tokenizer), skip_special_(skip_special) {}
 
+  // push() gives what the token completes, "" if a character is still open; flush() what is left at the end.
   std::string push(std::int32_t id) {
     if (skip_special_ && tokenizer_->is_special(id)) return {};
     return assembler_.push(tokenizer_->token_bytes(id));

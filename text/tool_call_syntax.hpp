@@ -14,6 +14,7 @@
 
 namespace qwen3next {
 
+// A function that the model wants called.
 struct ToolCall {
   std::string name;
   ordered_json arguments;  // an object, unless the model gave something else

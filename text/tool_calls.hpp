@@ -23,6 +23,7 @@
 
 namespace qwen3next {
 
+// A piece of an answer, or a whole tool call.
 struct AnswerEvent {
   enum Kind { reasoning, content, tool_call };
   Kind kind;

@@ -18,10 +18,11 @@
 
 namespace qwen3next {
 
-// Everything that `weights` points to belongs to the object and stays in place when it is moved.
+// A model's files, mapped and validated, without a backend: what to inspect or quantise.  Everything that `weights`
+// points to belongs to the object and stays in place when it is moved.
 class Checkpoint {
  public:
-  // `path` is a GGUF file (the first of a split set) or a Hugging Face folder.
+  // `path` is a GGUF file (the first of a split set) or a Hugging Face folder.  Throws Error as Model::open does.
   static Checkpoint open(const std::filesystem::path& path);
 
   std::filesystem::path path;
@@ -33,6 +34,7 @@ class Checkpoint {
   std::vector<MappedFile> files;
   GgufMetadata metadata;  // of a GGUF, else empty
 
+  // Bytes of the tensors, of the files, and of the copies in memory.
   std::uint64_t weight_bytes() const noexcept {
     std::uint64_t sum = 0;
     for (const TensorRecord& record : records) sum += record.bytes;
@@ -50,7 +52,7 @@ class Checkpoint {
   }
 
   // Where the bytes of a view lie on disk; nothing for a copy.
-  struct Location {
+  struct Location {  // which of `files`, and bytes from its start
     int file;
     std::uint64_t offset;
   };

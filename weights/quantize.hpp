@@ -22,6 +22,7 @@
 
 namespace qwen3next {
 
+// What quantize() writes.
 struct QuantizeOptions {
   std::string type = "Q4_K_M";                                // F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M
   std::vector<std::pair<std::string, DType>> tensor_types{};  // regular expression and type, see plan_quantization
@@ -31,6 +32,7 @@ struct QuantizeOptions {
   bool measure = false;  // the error of each type, for the summary
 };
 
+// How far quantize() is.
 struct QuantizeProgress {
   std::string_view tensor;  // being worked on
   std::size_t tensors_done = 0, tensors = 0;
@@ -45,6 +47,7 @@ struct Fallback {
   DType wanted, used;
 };
 
+// What quantize() wrote.
 struct QuantizeSummary {
   struct PerType {
     DType type;

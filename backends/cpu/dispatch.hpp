@@ -75,15 +75,15 @@ inline const Kernels& choose_kernels(std::string_view isa, std::span<const Level
 }
 inline const Kernels& choose_kernels(std::string_view isa) { return choose_kernels(isa, levels()); }
 
-}  // namespace cpu
-
 // The names of those that run here, best first.
 inline std::vector<std::string_view> available_isas() {
   std::vector<std::string_view> names;
-  for (const cpu::Level& level : cpu::levels()) {
+  for (const Level& level : levels()) {
     if (level.supported) names.emplace_back(level.name);
   }
   return names;
 }
+
+}  // namespace cpu
 
 }  // namespace qwen3next

@@ -27,7 +27,7 @@ struct Case {
 template <class F>
 void on_every_backend(F f) {
   f([] { return ReferenceBackend(); });
-  for (std::string_view isa : available_isas()) {
+  for (std::string_view isa : cpu::available_isas()) {
     CAPTURE(isa);
     f([&] { return CpuBackend(test::cpu(isa, 2, KvType::f16)); });
   }

@@ -76,7 +76,7 @@ TEST_CASE("the reference backend gives the MTP head's logits") {
 }
 
 TEST_CASE("the cpu backend gives transformers' logits on every ISA") {
-  for (std::string_view isa : available_isas()) {
+  for (std::string_view isa : cpu::available_isas()) {
     CAPTURE(isa);
     for (const std::string& name : goldens) {
       check_golden(name, Observed<CpuBackend>(test::cpu(isa, 2, KvType::f32)), 1e-9);
@@ -86,7 +86,7 @@ TEST_CASE("the cpu backend gives transformers' logits on every ISA") {
 }
 
 TEST_CASE("the cpu backend gives the MTP head's logits on every ISA") {
-  for (std::string_view isa : available_isas()) {
+  for (std::string_view isa : cpu::available_isas()) {
     CAPTURE(isa);
     for (const std::string& name : goldens) check_mtp(name, CpuBackend(test::cpu(isa, 2, KvType::f32)), 1e-9);
   }
