@@ -10,6 +10,7 @@ function(qwen3next_add_cpu_kernel target isa)
   add_library(${library} OBJECT ${PROJECT_SOURCE_DIR}/backends/cpu/kernels_isa.cpp)
   target_compile_features(${library} PRIVATE cxx_std_20)
   target_include_directories(${library} PRIVATE ${PROJECT_SOURCE_DIR})
+  target_link_libraries(${library} PRIVATE qwen3next::xsimd)
   target_compile_definitions(${library} PRIVATE QWEN3NEXT_ISA=${isa})
   # Optimised in every configuration: what is not inlined could leave the object (and would be slow).  Less so under
   # sanitizers, where GCC takes minutes for it.  No contraction: each ISA rounds as the source says.

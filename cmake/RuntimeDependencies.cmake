@@ -1,0 +1,47 @@
+# What a program with the library in it needs, for the build here and for whoever finds the installed package: sets
+# QWEN3NEXT_RUNTIME_LIBRARIES to targets, and QWEN3NEXT_MISSING to what is not there, by its Debian package.
+
+set(QWEN3NEXT_MISSING)
+
+find_package(Threads QUIET)
+if(NOT Threads_FOUND)
+  list(APPEND QWEN3NEXT_MISSING "threads (apt-get install libc6-dev)")
+endif()
+
+# By its header: Debian's xsimd package names xtl in its CMake target but does not need it.
+find_path(XSIMD_INCLUDE_DIR xsimd/xsimd.hpp)
+if(NOT XSIMD_INCLUDE_DIR)
+  list(APPEND QWEN3NEXT_MISSING "xsimd, vector kernels (apt-get install libxsimd-dev)")
+elseif(NOT TARGET qwen3next::xsimd)
+  add_library(qwen3next::xsimd INTERFACE IMPORTED GLOBAL)
+  target_include_directories(qwen3next::xsimd INTERFACE ${XSIMD_INCLUDE_DIR})
+endif()
+
+find_package(nlohmann_json QUIET)
+if(NOT nlohmann_json_FOUND)
+  list(APPEND QWEN3NEXT_MISSING "nlohmann-json, JSON files (apt-get install nlohmann-json3-dev)")
+endif()
+
+find_path(UTF8PROC_INCLUDE_DIR utf8proc.h)
+find_library(UTF8PROC_LIBRARY utf8proc)
+if(NOT UTF8PROC_INCLUDE_DIR OR NOT UTF8PROC_LIBRARY)
+  list(APPEND QWEN3NEXT_MISSING "utf8proc, Unicode (apt-get install libutf8proc-dev)")
+elseif(NOT TARGET qwen3next::utf8proc)
+  add_library(qwen3next::utf8proc INTERFACE IMPORTED GLOBAL)
+  target_include_directories(qwen3next::utf8proc INTERFACE ${UTF8PROC_INCLUDE_DIR})
+  target_link_libraries(qwen3next::utf8proc INTERFACE ${UTF8PROC_LIBRARY})
+  if(WIN32 AND UTF8PROC_LIBRARY MATCHES "libutf8proc\\.a$")
+    target_compile_definitions(qwen3next::utf8proc INTERFACE UTF8PROC_STATIC)  # or its header asks for a DLL
+  endif()
+endif()
+
+set(QWEN3NEXT_RUNTIME_LIBRARIES qwen3next::xsimd nlohmann_json::nlohmann_json qwen3next::utf8proc Threads::Threads)
+if(QWEN3NEXT_OPENMP)
+  find_package(OpenMP QUIET COMPONENTS CXX)
+  if(NOT OpenMP_CXX_FOUND)
+    list(APPEND QWEN3NEXT_MISSING
+      "OpenMP, threads (apt-get install g++, or libomp-dev for clang; or configure with -DQWEN3NEXT_OPENMP=OFF)")
+  endif()
+  list(APPEND QWEN3NEXT_RUNTIME_LIBRARIES OpenMP::OpenMP_CXX)
+endif()
+string(REPLACE ";" "\n  " QWEN3NEXT_MISSING "${QWEN3NEXT_MISSING}")
