@@ -25,7 +25,7 @@
 //   (CMake
 //                         target qwen3next::qwen3next, pkg-config qwen3next; kernels for every machine, best first) or
 //                         in the one file of yours that defines QWEN3NEXT_LIBRARY, too, before it includes this
-//   QWEN3NEXT_QUANTIZE    quantize() as well, which writes GGUFs
+//   QWEN3NEXT_QUANTIZE    quantize() and calibrate() as well, which write GGUFs
 //   QWEN3NEXT_REFERENCE   the reference backend as well (needs Eigen; the library has it)
 //   QWEN3NEXT_MULTI_ISA   kernels for every machine without the library: compile this header itself once for each ISA,
 //                         g++ -std=c++20 -O3 -ffp-contract=off -x c++ -c qwen3next.hpp -DQWEN3NEXT_ISA=avx2 -mavx2 ...
@@ -229,6 +229,7 @@ class Session {
 #include "generate/session.hpp"
 #endif
 #ifdef QWEN3NEXT_QUANTIZE
+#include "generate/calibrate.hpp"
 #include "weights/quantize.hpp"
 #endif
 

@@ -1,6 +1,7 @@
 // quantize: a checkpoint in, a GGUF out.
 
 #include "weights/quantize.hpp"
+#include "generate/calibrate.hpp"
 #include "weights/quantize_plan.hpp"
 
 #include "cli/commands.hpp"
@@ -12,7 +13,8 @@ namespace qwen3next::cli {
 namespace {
 
 struct QuantizeCommand {
-  std::string in, out, type = "Q4_K_M", name;
+  std::string in, out, type = "Q4_K_M", name, calibrate;
+  std::int64_t calibrate_tokens = 65536;
   std::vector<std::string> tensor_types;
   int threads = 0;
   bool force = false, quiet = false;
@@ -68,6 +70,16 @@ void summarise(const Checkpoint& in, const QuantizeCommand& o, const QuantizeSum
   if (!s.has_tokenizer) std::cerr << "  no tokenizer in the source, so none in the result\n";
 }
 
+// The beginning of the text; control tokens in it are those of a conversation.
+std::vector<std::int32_t> calibration_tokens(const QuantizeCommand& o) {
+  const std::string text = read_text(o.calibrate, "a text to calibrate with");
+  std::vector<std::int32_t> tokens = load_tokenizer(o.in).encode(text, Special::parse);
+  if (tokens.size() < 2) throw Error(o.calibrate + ": too short, expected a text of at least two tokens");
+  const auto wanted = static_cast<std::size_t>(o.calibrate_tokens) + 1;  // the last is only what comes next
+  if (tokens.size() > wanted) tokens.resize(wanted);
+  return tokens;
+}
+
 void run_quantize(const QuantizeCommand& o) {
   QuantizeOptions options{.type = o.type, .name = o.name, .threads = o.threads, .overwrite = o.force};
   for (const std::string& text : o.tensor_types) options.tensor_types.push_back(parse_tensor_type(text));
@@ -77,6 +89,17 @@ void run_quantize(const QuantizeCommand& o) {
   }
   const Checkpoint in = Checkpoint::open(o.in);
   const Interruptible scope;
+  ActivationStatistics statistics;
+  if (!o.calibrate.empty()) {
+    const std::vector<std::int32_t> tokens = calibration_tokens(o);
+    Progress progress("calibrating", Progress::Unit::tokens, !o.quiet);
+    statistics = calibrate(in, tokens, {.threads = o.threads}, [&](std::int64_t done, std::int64_t total) {
+      progress.update(done, total);
+      return !interrupted();
+    });
+    options.calibration = {&statistics, std::filesystem::path(o.calibrate).filename().string(),
+                           static_cast<std::int64_t>(tokens.size()) - 1};
+  }
   Progress progress("quantizing", Progress::Unit::bytes, !o.quiet);
   const QuantizeSummary summary = quantize(in, o.out, options, [&](const QuantizeProgress& p) {
     progress.update(static_cast<std::int64_t>(p.bytes_read), static_cast<std::int64_t>(p.bytes_to_read));
@@ -102,6 +125,14 @@ void add_quantize(CLI::App& app) {
       ->option_text("REGEX=TYPE")
       ->take_all()
       ->allow_extra_args(false);
+  command
+      .add_option("--calibrate", o->calibrate,
+                  "A text like those that the model will meet: it is run over it first, to learn which columns of its "
+                  "matrices matter most; '-' is standard input")
+      ->option_text("TEXT");
+  command.add_option("--calibrate-tokens", o->calibrate_tokens, "Most tokens of that text [65536]")
+      ->option_text("N")
+      ->check(CLI::PositiveNumber);
   command.add_option("--name", o->name, "The name that the file gives the model [the source's]")->option_text("TEXT");
   command.add_option("--threads", o->threads, "Threads; 0: all processors")
       ->option_text("N [0]")

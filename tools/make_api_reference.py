@@ -46,7 +46,9 @@ SECTIONS = [
         ("text/tokenizer.hpp", ["Tokenizer", "Special", "Utf8Stream"]),
     ]),
     ("Quantising (`QWEN3NEXT_QUANTIZE`)", [
-        ("weights/quantize.hpp", ["quantize", "QuantizeOptions", "QuantizeProgress", "QuantizeSummary", "Fallback"]),
+        ("generate/calibrate.hpp", ["calibrate", "CalibrationOptions"]),
+        ("weights/quantize.hpp", ["Calibration", "quantize", "QuantizeOptions", "QuantizeProgress", "QuantizeSummary",
+                                  "Fallback"]),
     ]),
     ("Errors", [
         ("core/error.hpp", ["Error", "Cancelled"]),

@@ -16,17 +16,26 @@
 #include <utility>
 #include <vector>
 
+#include "backends/activation_statistics.hpp"
 #include "blocks/dtype.hpp"
 #include "core/linkage.hpp"
 #include "weights/checkpoint.hpp"
 
 namespace qwen3next {
 
+// What calibrate() found out about the checkpoint object that is quantised, and what it read.
+struct Calibration {
+  const ActivationStatistics* statistics = nullptr;
+  std::string text{};  // its name, for the metadata
+  std::int64_t tokens = 0;
+};
+
 // What quantize() writes.
 struct QuantizeOptions {
   std::string type = "Q4_K_M";                                // F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M
   std::vector<std::pair<std::string, DType>> tensor_types{};  // regular expression and type, see plan_quantization
   std::string name{};                                         // general.name; empty: the source's
+  Calibration calibration{};                                  // none: all columns matter alike
   int threads = 0;                                            // 0: all
   bool overwrite = false;
   bool measure = false;  // the error of each type, for the summary
@@ -200,6 +209,10 @@ inline bool set_metadata(GgufWriter& out, const Checkpoint& in, const QuantizeOp
   if (!options.name.empty()) out.set_string("general.name", options.name);
   out.set_u32("general.file_type", mix.file_type);
   out.set_u32("general.quantization_version", 2);
+  if (options.calibration.statistics) {
+    out.set_string("quantize.calibration.file", options.calibration.text);
+    out.set_u64("quantize.calibration.tokens", static_cast<std::uint64_t>(options.calibration.tokens));
+  }
   if (!has_tokenizer) out.set_u32(GgufFields::full("vocab_size"), static_cast<std::uint32_t>(in.config.vocab_size));
   set_gguf_config(out, in.config);
   return has_tokenizer;
@@ -272,7 +285,16 @@ inline float largest_value(DType type) noexcept {
 
 class Encoder {
  public:
-  Encoder(const Checkpoint& in, const QuantizePlan& plan, bool measure) : in_(in), plan_(plan), measure_(measure) {}
+  Encoder(const Checkpoint& in, const QuantizePlan& plan, const QuantizeOptions& options)
+      : in_(in), plan_(plan), statistics_(options.calibration.statistics), measure_(options.measure) {
+    if (!statistics_) return;
+    for (const PlannedTensor& t : plan.tensors) {
+      for (const Piece& piece : t.pieces) {
+        if (!weighed(t) || statistics_->has(piece.view)) continue;
+        throw_error("tensor ", t.name, " has no part in the calibration; calibrate the checkpoint that is quantised");
+      }
+    }
+  }
 
   // Encodes a batch with `threads` threads while this one runs `meanwhile`.
   template <class F>
@@ -282,8 +304,8 @@ class Encoder {
     std::mutex mutex;
     const auto work = [&] {
       try {
-        std::vector<float> row, back;
-        for (std::size_t i; (i = next.fetch_add(1)) < batch.tasks.size();) encode(batch, batch.tasks[i], row, back);
+        Rows rows;
+        for (std::size_t i; (i = next.fetch_add(1)) < batch.tasks.size();) encode(batch, batch.tasks[i], rows);
       } catch (...) {
         const std::lock_guard lock(mutex);
         if (!failure) failure = std::current_exception();
@@ -321,11 +343,21 @@ class Encoder {
   }
 
  private:
-  void encode(Batch& batch, EncodeTask& task, std::vector<float>& row, std::vector<float>& back) const {
+  struct Rows {
+    std::vector<float> row, back, importance;
+  };
+
+  // An embedding that is only looked up is no input's matrix.
+  static bool weighed(const PlannedTensor& t) noexcept { return info(t.type).quantised && t.role != Role::embedding; }
+
+  void encode(Batch& batch, EncodeTask& task, Rows& rows) const {
+    auto& [row, back, importance] = rows;
     const PlannedTensor& t = plan_.tensors[task.tensor];
     const WeightView& view = task.piece->view;
     const std::size_t bytes = row_bytes(t.type, view.cols);
     std::byte* to = batch.bytes.data() + task.offset;
+    const bool weigh = statistics_ && weighed(t);
+    if (weigh) statistics_->importance(view, importance);
     for (int r = task.first; r < task.first + task.rows; ++r, to += bytes) {
       if (view.type == t.type && view.scale == 1) {
         std::copy_n(view.row(r), bytes, to);
@@ -334,7 +366,7 @@ class Encoder {
       row.resize(static_cast<std::size_t>(view.cols));
       dequantize(view, r, row.data());
       check(t, row);
-      quantize_row(t.type, row.data(), to, view.cols);
+      quantize_row(t.type, row.data(), to, view.cols, weigh ? importance.data() : nullptr);
       if (!measure_) continue;
       back.resize(row.size());
       dequantize_row(t.type, to, back.data(), view.cols);
@@ -362,6 +394,7 @@ class Encoder {
 
   const Checkpoint& in_;
   const QuantizePlan& plan_;
+  const ActivationStatistics* statistics_;
   const bool measure_;
 };
 
@@ -408,7 +441,7 @@ QWEN3NEXT_INLINE QuantizeSummary quantize(const Checkpoint& in, const std::files
 
   const int threads =
       options.threads > 0 ? options.threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  const detail::Encoder encoder(in, plan, options.measure);
+  const detail::Encoder encoder(in, plan, options);
   detail::Batches batches(plan);
   detail::Batch working, ready, coming;
   std::vector<double> error(plan.tensors.size()), square(plan.tensors.size());
