@@ -46,10 +46,11 @@ compile g++ -O0 $warnings -- plain main.cpp story.cpp
 g++ plain.*.o -lutf8proc -o plain
 story plain '^cpu, native, 1 threads$'
 
-# The same by clang++, for this processor, with OpenMP.
+# The same by clang++, for this processor, with OpenMP where its runtime (libomp-dev) is installed.
 if command -v clang++ > /dev/null; then
-  compile clang++ -O1 -march=native -fopenmp $warnings -- by_clang main.cpp story.cpp
-  clang++ -fopenmp by_clang.*.o -lutf8proc -o by_clang
+  openmp=$(echo '#include <omp.h>' | clang++ -fopenmp -fsyntax-only -x c++ - 2> /dev/null && echo -fopenmp || true)
+  compile clang++ -O1 -march=native $openmp $warnings -- by_clang main.cpp story.cpp
+  clang++ $openmp by_clang.*.o -lutf8proc -o by_clang
   story by_clang '^cpu, native, [0-9]+ threads$'
 else
   echo "clang++ is not here: not tried"
