@@ -13,7 +13,12 @@ namespace QWEN3NEXT_KERNEL_UNIT {
 constexpr int f8_block = 128;
 static_assert(f8_block % lanes == 0);
 
-#if !defined(__AVX2__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#define QWEN3NEXT_F8_BITS 512
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+#define QWEN3NEXT_F8_BITS 256
+#else  // one by one, from a table
+#define QWEN3NEXT_F8_BITS 0
 struct F8Table {
   float value[256];  // / 256
 };
@@ -34,13 +39,13 @@ inline constexpr F8Table f8_table = make_f8_table();
 
 // `lanes` codes as floats / 256.
 QWEN3NEXT_FORCE_INLINE F load_f8(const std::byte* p) noexcept {
-#if defined(__AVX512F__)
+#if QWEN3NEXT_F8_BITS == 512
   const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
   const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<short>(0xbfff)));
   const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(wide, _mm256_set1_epi16(0x3f80)),  //
                                                 _mm256_set1_epi16(0x3f80));
   return F(_mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7fff))));
-#elif defined(__AVX2__)
+#elif QWEN3NEXT_F8_BITS == 256
   const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
   const __m128i half = _mm_and_si128(wide, _mm_set1_epi16(static_cast<short>(0xbfff)));
   const __m128i top = _mm_set1_epi16(0x3f80), nan = _mm_cmpeq_epi16(_mm_and_si128(wide, top), top);
