@@ -65,9 +65,10 @@ namespace qwen3next {
 // How a model is opened.
 struct Options {
   Backend backend = Backend::cpu;
-  std::string isa{};       // cpu kernels by name (available_isas()); "": the best that this machine has
-  int threads = 0;         // 0: as many as this process may run on
-  double yarn_factor = 0;  // more than 1: YaRN context extension by this factor; 0: as the files say
+  std::string isa{};                 // cpu kernels by name (available_isas()); "": the best that this machine has
+  int threads = 0;                   // 0: as many as this process may run on
+  std::filesystem::path mtp_path{};  // a file or folder with the model's MTP block alone, if its own files have none
+  double yarn_factor = 0;            // more than 1: YaRN context extension by this factor; 0: as the files say
 };
 
 // How a session is opened.

@@ -26,7 +26,7 @@ inline void add_example(CLI::App& command, const std::string& text) { command.fo
 // --- opening --------------------------------------------------------------------------------------------------------
 
 struct ModelOptions {
-  std::string path;
+  std::string path, mtp_path;
   std::string backend = "cpu";
   std::string isa;
   int threads = 0;
@@ -37,9 +37,15 @@ struct ModelOptions {
   bool verbose = false;
 };
 
+inline void add_mtp_file_option(CLI::App& command, std::string& path) {
+  command.add_option("--mtp-file", path, "The model's MTP block, where it is a file (or folder) of its own")
+      ->option_text("FILE");
+}
+
 // MODEL and how to compute with it.
 inline void add_model_options(CLI::App& command, ModelOptions& o) {
   command.add_option("MODEL", o.path, std::string(model_help))->required()->option_text(" ");
+  add_mtp_file_option(command, o.mtp_path);
   command.add_option("--backend", o.backend, "What computes: cpu, or reference (float32, slow, exact)")
       ->option_text("NAME [cpu]")
       ->check(CLI::IsMember({"cpu", "reference", "cuda"}))
@@ -111,6 +117,7 @@ inline Model open_model(const ModelOptions& o) {
   Model model = Model::open(o.path, {.backend = o.backend == "reference" ? Backend::reference : Backend::cpu,
                                      .isa = o.isa,
                                      .threads = o.threads,
+                                     .mtp_path = o.mtp_path,
                                      .yarn_factor = o.yarn});
   if (o.verbose) {
     const Config& c = model.config();

@@ -9,7 +9,7 @@ namespace qwen3next::cli {
 namespace {
 
 struct InspectOptions {
-  std::string path, kv = "f16";
+  std::string path, mtp_path, kv = "f16";
   std::int64_t context = 0;
   bool json = false, tensors = false;
 };
@@ -20,6 +20,7 @@ void add_inspect(CLI::App& app) {
   auto o = std::make_shared<InspectOptions>();
   CLI::App& command = *app.add_subcommand("inspect", "Show a model's config, tensors, memory and problems");
   command.add_option("MODEL", o->path, std::string(model_help))->required()->option_text(" ");
+  add_mtp_file_option(command, o->mtp_path);
   command.add_option("--ctx", o->context, "Plan memory for this many tokens [the model's length]")
       ->option_text("N")
       ->check(CLI::PositiveNumber);
@@ -33,7 +34,7 @@ void add_inspect(CLI::App& app) {
       command,
       "qwen3next inspect model.gguf --ctx 32768\n\nOpens and checks the files as running would, but computes nothing.");
   command.callback([o] {
-    const Inspection inspection = inspect_model(o->path, o->context, *kv_type(o->kv));
+    const Inspection inspection = inspect_model(o->path, o->mtp_path, o->context, *kv_type(o->kv));
     o->json ? print_json(inspection) : o->tensors ? print_tensors(inspection) : print_text(inspection);
   });
 }

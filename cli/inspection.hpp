@@ -92,7 +92,7 @@ struct Inspection {
 };
 
 // Opens and checks the files as running would.  `context` 0: the model's length.
-Inspection inspect_model(const std::string& path, std::int64_t context, KvType kv);
+Inspection inspect_model(const std::string& path, const std::string& mtp_path, std::int64_t context, KvType kv);
 
 // The largest power of two that divides an offset, at most 4096: what the loader and O_DIRECT care about.
 std::uint64_t alignment(std::uint64_t offset);

@@ -13,7 +13,7 @@ namespace qwen3next::cli {
 namespace {
 
 struct QuantizeCommand {
-  std::string in, out, type = "Q4_K_M", name, calibrate;
+  std::string in, mtp_path, out, type = "Q4_K_M", name, calibrate;
   std::int64_t calibrate_tokens = 65536;
   std::vector<std::string> tensor_types;
   int threads = 0;
@@ -87,7 +87,7 @@ void run_quantize(const QuantizeCommand& o) {
   if (!o.force && std::filesystem::exists(o.out, ignored)) {
     throw Error(o.out + ": exists already; --force overwrites it");
   }
-  const Checkpoint in = Checkpoint::open(o.in);
+  const Checkpoint in = Checkpoint::open(o.in, o.mtp_path);
   const Interruptible scope;
   ActivationStatistics statistics;
   if (!o.calibrate.empty()) {
@@ -133,6 +133,7 @@ void add_quantize(CLI::App& app) {
   command.add_option("--calibrate-tokens", o->calibrate_tokens, "Most tokens of that text [65536]")
       ->option_text("N")
       ->check(CLI::PositiveNumber);
+  add_mtp_file_option(command, o->mtp_path);
   command.add_option("--name", o->name, "The name that the file gives the model [the source's]")->option_text("TEXT");
   command.add_option("--threads", o->threads, "Threads; 0: all processors")
       ->option_text("N [0]")

@@ -42,12 +42,12 @@ class BackendTimeline final : public Timeline {
       done += T;
       if (progress && !progress(done, total)) throw Cancelled();
     }
-    return be_.host(head(be_, w_, a_, T - 1, 1));
+    return be_.host(head(be_, w_.lm_head, a_, T - 1, 1));
   }
 
   void append_all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) override {
     check(tokens);
-    for (std::span<const std::int32_t> step : steps(tokens)) give_logits(step_forward(step), sink);
+    for (std::span<const std::int32_t> step : steps(tokens)) give_logits(w_.lm_head, step_forward(step), sink);
   }
 
   void append_mtp_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) override {
@@ -59,8 +59,8 @@ class BackendTimeline final : public Timeline {
       const std::size_t rows = std::min(step.size(), tokens.size() - 1 - begin);  // the last token has no next one
       if (rows == 0) break;
       const SequenceRows<B> sequence{0, static_cast<int>(rows), state_.mtp_position, &state_};
-      mtp_forward<B>(be_, c_, w_, tokens.subspan(begin + 1, rows), {&sequence, 1}, a_);
-      give_logits(static_cast<int>(rows), sink);
+      mtp_forward<B>(be_, c_, *w_.mtp, tokens.subspan(begin + 1, rows), {&sequence, 1}, a_);
+      give_logits(w_.mtp->lm_head, static_cast<int>(rows), sink);
       begin += step.size();
     }
   }
@@ -115,10 +115,10 @@ class BackendTimeline final : public Timeline {
     return T;
   }
 
-  void give_logits(int T, const LogitsSink& sink) {
+  void give_logits(const typename B::Weight& lm_head, int T, const LogitsSink& sink) {
     for (int begin = 0; begin < T; begin += a_.max_logit_rows) {
       const int n = std::min(a_.max_logit_rows, T - begin);
-      auto logits = head(be_, w_, a_, begin, n);
+      auto logits = head(be_, lm_head, a_, begin, n);
       for (int i = 0; i < n; ++i) sink(be_.host(logits.rows(i, 1)));
     }
   }

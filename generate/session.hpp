@@ -11,7 +11,7 @@ namespace qwen3next {
 // --- Model ----------------------------------------------------------------------------------------------------------
 
 QWEN3NEXT_INLINE Model Model::open(const std::filesystem::path& path, const Options& options) {
-  auto shared = std::make_shared<Shared>(Checkpoint::open(path));
+  auto shared = std::make_shared<Shared>(Checkpoint::open(path, options.mtp_path));
   Config& config = shared->checkpoint.config;
   if (options.yarn_factor != 0) {
     if (config.yarn) config.max_position_embeddings = config.yarn->original_max_position_embeddings;

@@ -128,11 +128,11 @@ void forward(B& be, const Config& c, const ModelWeights<B>& w, std::span<const s
   for (const SequenceRows<B>& s : sequences) s.state->position += s.count;
 }
 
-// Logits [n, V] of rows [begin, begin + n) of the hidden states in a.h; n <= a.max_logit_rows.
+// Logits [n, V], by `lm_head`, of rows [begin, begin + n) of the hidden states in a.h; n <= a.max_logit_rows.
 template <BackendOps B>
-typename B::Tensor head(B& be, const ModelWeights<B>& w, Activations<B>& a, int begin, int n) {
+typename B::Tensor head(B& be, const typename B::Weight& lm_head, Activations<B>& a, int begin, int n) {
   auto logits = a.logits.rows(0, n);
-  be.linear(a.h.rows(begin, n), {{w.lm_head, logits}});
+  be.linear(a.h.rows(begin, n), {{lm_head, logits}});
   return logits;
 }
 

@@ -67,6 +67,8 @@ struct MtpWeights {                          // mtp.
   typename B::Weight fc;                     // fc                    [H, 2 H]   columns: embedding, hidden
   LayerWeights<B> layer;                     // layers.0.             an attention layer
   typename B::Vector norm;                   // norm                  [H]   1 + w
+  typename B::Weight embed_tokens;           // the model's, unless the file has one for this block; the same holds for
+  typename B::Weight lm_head;                // the head
 };
 
 template <class B>
@@ -111,7 +113,7 @@ void zip(const MtpWeights<A>& from, MtpWeights<B>& to, F&& f) {
   f(from.pre_fc_norm_embedding, to.pre_fc_norm_embedding), f(from.pre_fc_norm_hidden, to.pre_fc_norm_hidden);
   f(from.fc, to.fc);
   zip(from.layer, to.layer, f);
-  f(from.norm, to.norm);
+  f(from.norm, to.norm), f(from.embed_tokens, to.embed_tokens), f(from.lm_head, to.lm_head);
 }
 template <class A, class B, class F>
 void zip(const ModelWeights<A>& from, ModelWeights<B>& to, F&& f) {

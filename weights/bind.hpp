@@ -5,6 +5,7 @@
 // containers interleave rows differently, the views differ and the model does not notice.
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -64,13 +65,8 @@ inline void bind_delta_net_inputs(Binder& b, const Config& c, std::string_view p
   }
 
   constexpr TensorName ba{"linear_attn.in_proj_ba.weight", "ssm_ba.weight"};
-  constexpr TensorName beta{"linear_attn.in_proj_b.weight", "ssm_beta.weight"};
-  constexpr TensorName alpha{"linear_attn.in_proj_a.weight", "ssm_alpha.weight"};
-  if (!b.has(p, ba) && (b.has(p, beta) || b.has(p, alpha))) {
-    if (b.gguf()) {
-      throw_error(b.source(), ": has ", p, alpha.gguf, " and ", p, beta.gguf, ", which only conversions with another ",
-                  "order of value heads have (Ollama's, or Qwen3.5); use one by llama.cpp for 'qwen3next'");
-    }
+  constexpr TensorName beta{"linear_attn.in_proj_b.weight", ""}, alpha{"linear_attn.in_proj_a.weight", ""};
+  if (!b.gguf() && !b.has(p, ba) && (b.has(p, beta) || b.has(p, alpha))) {
     w.in_proj_b = b.matrix(p, beta, Hv, H);
     w.in_proj_a = b.matrix(p, alpha, Hv, H);
   } else if (const WeightView m = b.matrix(p, ba, 2 * Hv, H); m.data) {
@@ -153,49 +149,58 @@ inline LayerWeights<Views> bind_layer(Binder& b, const Config& c, std::string_vi
   return w;
 }
 
-// `p` is the prefix of the block itself, `layer` that of its decoder layer.
-inline MtpWeights<Views> bind_mtp(Binder& b, const Config& c, std::string_view p, std::string_view layer) {
-  const int H = c.hidden_size;
+// The block of Hugging Face's mtp.* or of llama.cpp's last blk.*.  What it shares with the model `w` may be there for
+// it alone.
+inline MtpWeights<Views> bind_mtp(Binder& b, const Config& c, const ModelWeights<Views>& model) {
+  const int H = c.hidden_size, V = c.vocab_size;
+  const std::string p = b.gguf() ? concat("blk.", c.num_hidden_layers, ".") : "mtp.";
   MtpWeights<Views> w;
   w.pre_fc_norm_embedding = bind_norm(b, p, {"pre_fc_norm_embedding.weight", "nextn.enorm.weight"}, H);
   w.pre_fc_norm_hidden = bind_norm(b, p, {"pre_fc_norm_hidden.weight", "nextn.hnorm.weight"}, H);
   w.fc = b.matrix(p, {"fc.weight", "nextn.eh_proj.weight"}, H, 2 * H);
-  w.layer = bind_layer(b, c, layer, LayerType::full_attention);
+  w.layer = bind_layer(b, c, b.gguf() ? p : p + "layers.0.", LayerType::full_attention);
   if (constexpr TensorName norm{"norm.weight", "nextn.shared_head_norm.weight"}; b.has(p, norm) || !b.gguf()) {
     w.norm = bind_norm(b, p, norm, H);
   } else {  // llama.cpp's rule
-    w.norm = bind_norm(b, "", {"", "output_norm.weight"}, H);
+    w.norm = model.norm;
   }
-  for (const std::string_view own : {"nextn.embed_tokens.weight", "nextn.shared_head_head.weight"}) {
-    if (b.gguf() && b.has(p, {"", own})) {
-      throw_error(b.source(), ": has ", p, own, ", an MTP block with embeddings of its own, which is not supported; ",
-                  "use a conversion that shares them with the model");
-    }
-  }
+  const auto own = [&](std::string_view name, const WeightView& shared) {
+    return b.gguf() && b.has(p, {"", name}) ? b.matrix(p, {"", name}, V, H) : shared;
+  };
+  w.embed_tokens = own("nextn.embed_tokens.weight", model.embed_tokens);
+  w.lm_head = own("nextn.shared_head_head.weight", model.lm_head);
   return w;
+}
+
+inline bool is_mtp_tensor(std::string_view name) {
+  return name.find(".nextn.") != name.npos || name.starts_with("mtp.");
+}
+inline bool is_trunk_tensor(std::string_view name) {
+  return name.starts_with("blk.0.") || name.starts_with("model.layers.0.");
 }
 
 // Layouts that look like Qwen3-Next's and are not, by a tensor that only they have.
 inline void refuse_foreign_tensors(const std::vector<TensorRecord>& records, std::string_view source, Format format) {
-  bool trunk = false, mtp = false;
   for (const TensorRecord& record : records) {
     const std::string_view name = record.name;
+    const Shape& shape = record.shape;
     if (format == Format::gguf) {
-      trunk = trunk || name.starts_with("blk.0.");
-      mtp = mtp || name.find(".nextn.") != name.npos;
+      if (name.ends_with(".ssm_beta.weight") || name.ends_with(".ssm_alpha.weight") || name.ends_with(".ssm_dt")) {
+        throw_error(source, ": has ", printable(name), ", which only conversions with another order of value heads ",
+                    "have (Ollama's, or Qwen3.5); use one by llama.cpp for 'qwen3next'");
+      }
       continue;
     }
-    if (name.find(".switch_mlp.") != name.npos) {
-      throw_error(source, ": has ", printable(name), ", so it is an MLX conversion, which is laid out differently; ",
-                  "use the original Hugging Face folder or a GGUF");
+    const bool conv_of_mlx = name.ends_with(".conv1d.weight") && shape.rank == 3 && shape[2] == 1 && shape[1] != 1;
+    if (conv_of_mlx || name.find(".switch_mlp.") != name.npos || name.ends_with(".scales") ||
+        name.ends_with(".biases")) {
+      throw_error(source, ": has ", printable(name), " ", shape.text(), ", so it is an MLX conversion, which is laid ",
+                  "out differently (norms, too); use the original Hugging Face folder or a GGUF");
     }
     if (name.ends_with(".qweight") || name.ends_with(".weight_packed") || name.ends_with(".weight_scale")) {
       throw_error(source, ": has ", printable(name), ": quantised safetensors (GPTQ, AWQ, compressed-tensors) are not ",
                   "supported; use the BF16 release or a GGUF");
     }
-  }
-  if (format == Format::gguf && mtp && !trunk) {
-    throw_error(source, ": holds only the MTP block, a companion of another file; give a file with the whole model");
   }
 }
 
@@ -211,6 +216,14 @@ struct BoundWeights {
 inline BoundWeights bind_weights(Format format, const std::vector<TensorRecord>& records,
                                  const std::vector<MappedFile>& files, const std::string& source, Config& config) {
   detail::refuse_foreign_tensors(records, source, format);
+  const auto any = [&](bool (*is)(std::string_view)) {
+    return std::any_of(records.begin(), records.end(), [&](const TensorRecord& r) { return is(r.name); });
+  };
+  const bool has_mtp_tensors = any(detail::is_mtp_tensor);
+  if (has_mtp_tensors && !any(detail::is_trunk_tensor)) {
+    throw_error(source, ": holds only the MTP block; open the model itself, and give this as its companion ",
+                "(Options::mtp_path, --mtp-file)");
+  }
   BoundWeights bound;
   Binder b(format, records, files, source, bound.copies);
   ModelWeights<Views>& w = bound.weights;
@@ -235,16 +248,39 @@ inline BoundWeights bind_weights(Format format, const std::vector<TensorRecord>&
     w.lm_head = b.matrix("", head, V, H);
   }
 
-  if (!b.gguf()) {
-    config.has_mtp = std::any_of(records.begin(), records.end(),
-                                 [](const TensorRecord& record) { return record.name.starts_with("mtp."); });
-  }
-  if (c.has_mtp) {
-    const std::string block = b.gguf() ? layer_prefix(c.num_hidden_layers) : "mtp.";
-    w.mtp = detail::bind_mtp(b, c, block, b.gguf() ? block : "mtp.layers.0.");
-  }
+  if (!b.gguf()) config.has_mtp = has_mtp_tensors;
+  if (c.has_mtp) w.mtp = detail::bind_mtp(b, c, w);
   b.finish();
   return bound;
+}
+
+// Adds to `bound` the MTP block of another checkpoint, whose tensors `records` are.  What they hold beside it, copies
+// of what the model has, is checked and not used.
+inline void bind_companion(Format format, const std::vector<TensorRecord>& records,
+                           const std::vector<MappedFile>& files, const std::string& source, const Config& c,
+                           BoundWeights& bound) {
+  detail::refuse_foreign_tensors(records, source, format);
+  for (const TensorRecord& record : records) {
+    if (!detail::is_trunk_tensor(record.name)) continue;
+    throw_error(source, ": has ", printable(record.name), ", so it is a whole model, expected its MTP block alone (",
+                format == Format::gguf ? "blk.N.nextn.*" : "mtp.*", ")");
+  }
+  Binder b(format, records, files, source, bound.copies);
+  bound.weights.mtp = detail::bind_mtp(b, c, bound.weights);
+  const int H = c.hidden_size, V = c.vocab_size;
+  constexpr TensorName embeddings{"model.embed_tokens.weight", "token_embd.weight"};
+  constexpr TensorName head{"lm_head.weight", "output.weight"}, norm{"model.norm.weight", "output_norm.weight"};
+  for (const TensorName& name : {embeddings, head}) {
+    if (b.has("", name)) b.matrix("", name, V, H);
+  }
+  if (b.has("", norm)) {  // the model's own, were they made of one checkpoint
+    const VectorView theirs = detail::bind_norm(b, "", norm, H), &ours = bound.weights.norm;
+    for (int i = 0; i < H; ++i) {
+      if (std::fabs(theirs.data[i] - ours.data[i]) <= 0.01f * std::fabs(ours.data[i]) + 1e-3f) continue;
+      throw_error(source, ": its ", b.pick(norm), " is not the model's, so it belongs to another model");
+    }
+  }
+  b.finish();
 }
 
 }  // namespace qwen3next

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -66,11 +67,11 @@ class Binder {
       return nullptr;
     }
     used_[i] = true;
+    if (!record->type) fail_type(*record, matrix_types());
     if (!record->shape.same(expected)) {
       throw_error(file(*record), ": tensor ", printable(record->name), " is ", record->shape.text(), ", expected ",
                   expected.text(), " by the config; the two do not belong together");
     }
-    if (!record->type) fail_type(*record, matrix_types());
     return record;
   }
 
@@ -109,7 +110,11 @@ class Binder {
     if (!record) return {};
     if (record->type == DType::f8_e4m3) fail_type(*record, "F32, F16 or BF16");  // no factors are defined for it
     const int cols = shape.rank > 1 ? static_cast<int>(shape[shape.rank - 1]) : 1;
-    const int size = static_cast<int>(*record->shape.elements());
+    const std::int64_t elements = *record->shape.elements();
+    if (elements > std::numeric_limits<int>::max()) {
+      throw_error(file(*record), ": tensor ", printable(record->name), " has ", elements, " values, too many for one");
+    }
+    const int size = static_cast<int>(elements);
     const bool aligned = reinterpret_cast<std::uintptr_t>(record->data) % alignof(float) == 0;
     if (record->type == DType::f32 && aligned && transform == Transform::none) {
       return {reinterpret_cast<const float*>(record->data), size, cols};
@@ -211,8 +216,11 @@ class Binder {
   };
 
   [[noreturn]] void fail_type(const TensorRecord& record, std::string_view expected) const {
+    const bool codebook = record.dtype.starts_with("IQ1") || record.dtype.starts_with("IQ2") ||
+                          record.dtype.starts_with("IQ3") || record.dtype.starts_with("TQ");
     throw_error(file(record), ": tensor ", printable(record.name), " is ", record.dtype, ", expected ", expected,
-                "; this type is not supported here: use another file of the model");
+                codebook ? "; codebook types of 1 to 3 bits" : "; such tensors",
+                " are not supported: use another file of the model");
   }
 
   // "F32, F16, ... or Q6_K"

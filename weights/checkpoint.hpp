@@ -1,6 +1,7 @@
 #pragma once
 // A model as it lies on disk: mapped, validated, bound.
 
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <optional>
@@ -18,12 +19,16 @@
 
 namespace qwen3next {
 
+struct BoundWeights;
+
 // A model's files, mapped and validated, without a backend: what to inspect or quantise.  Everything that `weights`
 // points to belongs to the object and stays in place when it is moved.
 class Checkpoint {
  public:
-  // `path` is a GGUF file (the first of a split set) or a Hugging Face folder.  Throws Error as Model::open does.
-  static Checkpoint open(const std::filesystem::path& path);
+  // `path` is a GGUF file (the first of a split set) or a Hugging Face folder.  `mtp_path`, if not empty, is another
+  // that holds nothing but the MTP block of the same model, which `path` then must not have.  Throws Error as
+  // Model::open does.
+  static Checkpoint open(const std::filesystem::path& path, const std::filesystem::path& mtp_path = {});
 
   std::filesystem::path path;
   Format format = Format::huggingface;
@@ -67,6 +72,8 @@ class Checkpoint {
 
  private:
   Checkpoint() = default;
+  static Checkpoint read(const std::filesystem::path& path);  // all but the weights
+  void adopt(Checkpoint companion, BoundWeights& bound);
 };
 
 }  // namespace qwen3next
@@ -80,7 +87,36 @@ class Checkpoint {
 
 namespace qwen3next {
 
-QWEN3NEXT_INLINE Checkpoint Checkpoint::open(const std::filesystem::path& path) {
+namespace detail {
+
+// What a companion's config must say as the model's does: all that its layer is made of.
+inline void expect_same_model(const Config& companion, const Config& model, std::string_view source,
+                              std::string_view model_source) {
+  const auto same = [&](std::string_view name, auto theirs, auto ours) {
+    if (theirs == ours) return;
+    throw_error(source, ": ", name, " is ", theirs, ", expected ", ours, " as in ", model_source,
+                "; the two do not belong together");
+  };
+#define QWEN3NEXT_SAME(field) same(#field, companion.field, model.field)
+  QWEN3NEXT_SAME(num_hidden_layers);
+  QWEN3NEXT_SAME(hidden_size);
+  QWEN3NEXT_SAME(vocab_size);
+  QWEN3NEXT_SAME(num_attention_heads);
+  QWEN3NEXT_SAME(num_key_value_heads);
+  QWEN3NEXT_SAME(head_dim);
+  QWEN3NEXT_SAME(rotary_dim);
+  QWEN3NEXT_SAME(rope_theta);
+  QWEN3NEXT_SAME(rms_norm_eps);
+  QWEN3NEXT_SAME(num_experts);
+  QWEN3NEXT_SAME(num_experts_per_tok);
+  QWEN3NEXT_SAME(moe_intermediate_size);
+  QWEN3NEXT_SAME(shared_expert_intermediate_size);
+#undef QWEN3NEXT_SAME
+}
+
+}  // namespace detail
+
+QWEN3NEXT_INLINE Checkpoint Checkpoint::read(const std::filesystem::path& path) {
   namespace fs = std::filesystem;
   std::error_code error;
   const fs::file_status status = fs::status(path, error);
@@ -108,11 +144,41 @@ QWEN3NEXT_INLINE Checkpoint Checkpoint::open(const std::filesystem::path& path) 
     checkpoint.records = std::move(gguf.records);
     checkpoint.metadata = std::move(gguf.metadata);
   }
+  return checkpoint;
+}
+
+QWEN3NEXT_INLINE Checkpoint Checkpoint::open(const std::filesystem::path& path, const std::filesystem::path& mtp_path) {
+  Checkpoint checkpoint = read(path);
+  std::optional<Checkpoint> companion;
+  if (!mtp_path.empty()) {
+    companion = read(mtp_path);
+    const auto& records = checkpoint.records;
+    const auto own = std::find_if(records.begin(), records.end(),
+                                  [](const TensorRecord& r) { return detail::is_mtp_tensor(r.name); });
+    if (own != records.end()) {
+      throw_error(display(path), ": has an MTP block already (", printable(own->name), "); leave ", display(mtp_path),
+                  " out");
+    }
+    checkpoint.config.has_mtp = false;  // whatever the metadata promises
+    detail::expect_same_model(companion->config, checkpoint.config, display(mtp_path), display(path));
+  }
   BoundWeights bound =
       bind_weights(checkpoint.format, checkpoint.records, checkpoint.files, display(path), checkpoint.config);
+  if (companion) checkpoint.adopt(std::move(*companion), bound);
   checkpoint.weights = std::move(bound.weights);
   checkpoint.copies = std::move(bound.copies);
   return checkpoint;
+}
+
+QWEN3NEXT_INLINE void Checkpoint::adopt(Checkpoint companion, BoundWeights& bound) {
+  bind_companion(companion.format, companion.records, companion.files, display(companion.path), config, bound);
+  config.has_mtp = true;
+  for (TensorRecord& record : companion.records) {
+    if (!record.name.starts_with("blk.") && !record.name.starts_with("mtp.")) continue;  // copies of the model's
+    record.file += static_cast<int>(files.size());
+    records.push_back(std::move(record));
+  }
+  for (MappedFile& file : companion.files) files.push_back(std::move(file));
 }
 
 }  // namespace qwen3next

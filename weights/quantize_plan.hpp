@@ -134,7 +134,7 @@ class QuantizePlanner {
     for (std::size_t i = 0; i < w.layers.size(); ++i) layer(static_cast<int>(i), w.layers[i]);
     vector("output_norm.weight", w.norm);
     if (!c_.tie_word_embeddings) matrix("output.weight", Role::output, w.lm_head);
-    if (w.mtp) mtp(*w.mtp);
+    if (w.mtp) mtp(*w.mtp, w);
     for (const Override& o : overrides_) {
       if (!o.used) throw_error("tensor type pattern '", printable(o.pattern), "' matches no matrix of the model");
     }
@@ -194,7 +194,7 @@ class QuantizePlanner {
     add("ffn_gate_inp_shexp.weight", Role::exact, {c_.hidden_size}, {whole(w.shared_expert_gate)});
   }
 
-  void mtp(const MtpWeights<Views>& w) {
+  void mtp(const MtpWeights<Views>& w, const ModelWeights<Views>& model) {
     mtp_ = true;
     layer(c_.num_hidden_layers, w.layer);
     prefix_ = concat("blk.", c_.num_hidden_layers, ".nextn.");
@@ -202,6 +202,8 @@ class QuantizePlanner {
     vector("enorm.weight", w.pre_fc_norm_embedding);
     vector("hnorm.weight", w.pre_fc_norm_hidden);
     vector("shared_head_norm.weight", w.norm);
+    if (w.embed_tokens.data != model.embed_tokens.data) matrix("embed_tokens.weight", Role::other, w.embed_tokens);
+    if (w.lm_head.data != model.lm_head.data) matrix("shared_head_head.weight", Role::output, w.lm_head);
   }
 
   static Piece whole(const WeightView& view) { return {view, 0, view.rows}; }

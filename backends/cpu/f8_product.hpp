@@ -115,3 +115,5 @@ inline void dequantize_f8(const std::byte* row, const std::byte* factors, DType 
 
 }  // namespace QWEN3NEXT_KERNEL_UNIT
 }  // namespace qwen3next::cpu::QWEN3NEXT_ISA
+
+#undef QWEN3NEXT_F8_BITS

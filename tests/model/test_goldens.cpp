@@ -75,6 +75,22 @@ TEST_CASE("the reference backend gives the MTP head's logits") {
   for (const std::string& name : goldens) check_mtp(name, ReferenceBackend(), 3e-10);
 }
 
+TEST_CASE("an MTP block's own head and embeddings are used, where it has them") {
+  const Checkpoint checkpoint = Checkpoint::open(test::golden("release"));
+  const std::vector<std::int32_t> tokens = test::Expected("release").tokens();
+  const auto run = [&](auto change) {
+    test::RunModel<ReferenceBackend> model(checkpoint, ReferenceBackend(), static_cast<int>(tokens.size()));
+    change(*model.weights.mtp);
+    return model.mtp_logits(tokens);
+  };
+  const std::vector<float> shared = run([](auto&) {});
+  std::vector<float> doubled = run([](auto& mtp) { mtp.lm_head.scale = 2; });
+  for (float& x : doubled) x /= 2;
+  CHECK(doubled == shared);
+  CHECK(nmse(run([](auto& mtp) { mtp.embed_tokens.scale = 64; }), shared) < 1e-6);  // its norm takes that away
+  CHECK(nmse(run([](auto& mtp) { mtp.embed_tokens = mtp.lm_head; }), shared) > 0.1);
+}
+
 TEST_CASE("the cpu backend gives transformers' logits on every ISA") {
   for (std::string_view isa : cpu::available_isas()) {
     CAPTURE(isa);

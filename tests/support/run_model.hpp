@@ -55,12 +55,13 @@ struct RunModel {
     step(s, tokens);
     const int rows = static_cast<int>(tokens.size()) - 1;
     const SequenceRows<B> sequence{0, rows, 0, &s};
-    mtp_forward<B>(be, config, weights, tokens.subspan(1), {&sequence, 1}, a);
-    return head_logits(rows);
+    mtp_forward<B>(be, config, *weights.mtp, tokens.subspan(1), {&sequence, 1}, a);
+    return head_logits(rows, weights.mtp->lm_head);
   }
 
-  std::vector<float> head_logits(int T) {
-    auto tensor = head(be, weights, a, 0, T);
+  std::vector<float> head_logits(int T) { return head_logits(T, weights.lm_head); }
+  std::vector<float> head_logits(int T, const typename B::Weight& lm_head) {
+    auto tensor = head(be, lm_head, a, 0, T);
     std::vector<float> out;
     for (int t = 0; t < T; ++t) {
       const std::span<const float> row = be.host(tensor.rows(t, 1));

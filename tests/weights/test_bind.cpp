@@ -4,6 +4,7 @@
 
 #include "tests/weights/fixtures.hpp"
 #include "weights/checkpoint.hpp"
+#include "weights/quantize.hpp"
 
 using namespace qwen3next;
 using namespace qwen3next::test;
@@ -198,6 +199,57 @@ TEST_CASE("bind: quantised GGUF") {
   CHECK(worst < 0.3f);  // of values in -2..2
 }
 
+TEST_CASE("bind: any type anywhere, several in a layer, in one file or in three") {
+  TempFolder folder;
+  Config c = small_config();
+  c.hidden_size = 256, c.moe_intermediate_size = 64, c.shared_expert_intermediate_size = 256;
+  c.head_dim = 64, c.rotary_dim = 16, c.linear_value_head_dim = 32, c.linear_num_value_heads = 4;
+  Tensors tensors = gguf_tensors(c, hf_tensors(c)), meant = tensors;
+  struct Stored {
+    std::string name;
+    Shape shape;
+    DType type;
+    std::string bytes;
+  };
+  std::vector<Stored> stored;
+  std::size_t turn = 0;
+  for (auto& [name, tensor] : meant) {
+    DType type = DType::f32;
+    for (bool found = false; !found;) {
+      const DTypeInfo& next = dtype_table[turn++ % dtype_table.size()];
+      const bool vector = tensor.shape.rank == 1 || name.ends_with("conv1d.weight");
+      found = next.ggml_id != no_ggml_id && fits_blocks(next.type, tensor.shape[tensor.shape.rank - 1]) &&
+              (!vector || !next.quantised);
+      if (found) type = next.type;
+    }
+    const std::string bytes = packed(type, tensor.values);
+    stored.push_back({name, tensor.shape, type, bytes});
+    dequantize_row(type, reinterpret_cast<const std::byte*>(bytes.data()), tensor.values.data(),
+                   static_cast<std::int64_t>(tensor.values.size()));
+  }
+  write_gguf(folder / "meant.gguf", c, meant);
+  const auto expected = all_values(Checkpoint::open(folder / "meant.gguf").weights);
+  for (const std::size_t parts : {std::size_t{1}, std::size_t{3}}) {
+    for (std::size_t part = 0; part < parts; ++part) {
+      GgufWriter out(folder / (parts == 1 ? "m.gguf" : concat("m-0000", part + 1, "-of-00003.gguf")));
+      if (part == 0) set_gguf_config(out, c);
+      if (parts > 1) {
+        out.set_u16("split.no", static_cast<std::uint16_t>(part)), out.set_u16("split.count", 3);
+        out.set_i32("split.tensors.count", static_cast<std::int32_t>(stored.size()));
+      }
+      const auto mine = std::span(stored).subspan(part * stored.size() / parts,
+                                                  (part + 1) * stored.size() / parts - part * stored.size() / parts);
+      for (const Stored& t : mine) out.add_tensor(t.name, t.shape, t.type);
+      out.begin();
+      for (const Stored& t : mine) out.write(std::as_bytes(std::span(t.bytes)));
+      out.finish();
+    }
+    const Checkpoint checkpoint = Checkpoint::open(folder / (parts == 1 ? "m.gguf" : "m-00001-of-00003.gguf"));
+    CHECK(checkpoint.files.size() == parts);
+    CHECK(all_values(checkpoint.weights) == expected);
+  }
+}
+
 TEST_CASE("bind: missing, unexpected, misshapen and unsupported tensors are named") {
   TempFolder folder;
   const Config c = small_config();
@@ -238,23 +290,16 @@ TEST_CASE("bind: missing, unexpected, misshapen and unsupported tensors are name
         Tensor& conv = x.at("model.layers.0.linear_attn.conv1d.weight");
         conv.shape = {conv.shape[0], 3, 1};
       },
-      "conv1d.weight is [46, 3, 1], expected [46, 1, 3]");
+      "has model.layers.0.linear_attn.conv1d.weight [46, 3, 1], so it is an MLX conversion");
+  hf([&](Tensors& x) { x["model.embed_tokens.scales"] = one; }, "it is an MLX conversion");
   gguf([](Tensors& x) { x.erase("blk.1.attn_gate.weight"); }, "1 tensor missing (blk.1.attn_gate.weight)");
   gguf([](Tensors& x) { x.erase("token_embd.weight"); }, "no matrix token_embd.weight");
   gguf([](Tensors& x) { x.erase("blk.4.nextn.enorm.weight"); }, "missing (blk.4.nextn.enorm.weight)");
-  gguf([&](Tensors& x) { x["blk.4.nextn.embed_tokens.weight"] = g.at("token_embd.weight"); }, "embeddings of its own");
   gguf([&](Tensors& x) { x["rope_freqs.weight"] = one; }, "1 tensor unexpected (rope_freqs.weight)");
-  gguf(
-      [&](Tensors& x) {
-        x.erase("blk.0.ssm_ba.weight");
-        x["blk.0.ssm_beta.weight"] = x["blk.0.ssm_alpha.weight"] = one;
-      },
-      "only conversions with another order of value heads have");
-  gguf(
-      [](Tensors& x) {
-        std::erase_if(x, [](auto& e) { return e.first.starts_with("blk.") && !e.first.starts_with("blk.4."); });
-      },
-      "holds only the MTP block");
+  for (const char* other : {"blk.0.ssm_beta.weight", "blk.1.ssm_alpha.weight", "blk.2.ssm_dt"}) {
+    gguf([&](Tensors& x) { x[other] = one; },
+         concat("m.gguf: has ", other, ", which only conversions with another order"));
+  }
   // llama.cpp falls back to output_norm
   Tensors without_norm = g;
   without_norm.erase("blk.4.nextn.shared_head_norm.weight");
@@ -269,6 +314,80 @@ TEST_CASE("bind: missing, unexpected, misshapen and unsupported tensors are name
   write_text(folder / "hf/model.safetensors", text);
   CHECK(contains(error_of([&] { Checkpoint::open(folder / "hf"); }),
                  "model.safetensors: tensor lm_head.weight is I32, expected F32, F16, BF16 or F8_E4M3"));
+}
+
+TEST_CASE("bind: scales beside the tensors of a GGUF multiply them") {
+  TempFolder folder;
+  const Config c = small_config();
+  const Tensors plain = gguf_tensors(c, hf_tensors(c));
+  Tensors scaled = plain, expected = plain;
+  const auto scale = [&](const std::string& stem, const std::vector<float>& factors) {
+    scaled[stem + ".scale"] = {{static_cast<std::int64_t>(factors.size())}, factors};
+    scaled[stem + ".input_scale"] = {{static_cast<std::int64_t>(factors.size())},
+                                     std::vector<float>(factors.size(), 9)};
+    std::vector<float>& values = expected.at(stem + ".weight").values;
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] *= factors[i / (values.size() / factors.size())];
+  };
+  scale("blk.0.attn_qkv", {0.5f});
+  scale("blk.0.attn_gate", {0.25f});
+  scale("blk.0.ssm_out", {3});
+  scale("blk.3.attn_q", {0.75f});
+  scale("blk.1.ffn_gate_exps", {1, 2, 3});
+  scale("blk.1.ffn_down_exps", {-1, 0.5f, 0});
+  scale("blk.2.ffn_up_shexp", {1.5f});
+  scale("blk.4.nextn.eh_proj", {5});
+  scale("output", {7});
+  const Checkpoint checkpoint = open_gguf(folder, c, scaled);
+  const auto values = all_values(checkpoint.weights);
+  quantize(checkpoint, folder / "again.gguf", {.type = "F32"});  // written out
+  write_gguf(folder / "expected.gguf", c, expected);
+  CHECK(values == all_values(Checkpoint::open(folder / "expected.gguf").weights));
+  CHECK(values == all_values(Checkpoint::open(folder / "again.gguf").weights));
+
+  const auto refused = [&](const std::string& name, const Tensor& tensor, const std::string& part) {
+    Tensors bad = plain;
+    bad[name] = tensor;
+    CHECK(contains(error_of([&] { open_gguf(folder, c, bad); }), part));
+  };
+  refused("blk.1.ffn_gate_exps.scale", {{1}, {1}}, "ffn_gate_exps.scale is [1], expected [3]: a scale for each matrix");
+  refused("blk.3.attn_q.scale", {{2}, {1, 1}}, "attn_q.scale is [2], expected [1]");
+  refused("blk.3.attn_norm.scale", {{1}, {1}}, "1 tensor unexpected (blk.3.attn_norm.scale)");
+  write_gguf(
+      folder / "m.gguf", c,
+      [&] {
+        Tensors all = plain;
+        all["blk.3.attn_q.scale"] = {{1}, {1}};
+        return all;
+      }(),
+      DType::bf16);
+  CHECK(contains(error_of([&] { Checkpoint::open(folder / "m.gguf"); }), "attn_q.scale is BF16, expected F32"));
+}
+
+TEST_CASE("bind: types that GGUF knows and this program does not are refused by name") {
+  TempFolder folder;
+  const Config c = small_config();
+  write_gguf(folder / "m.gguf", c, gguf_tensors(c, hf_tensors(c)));
+  const std::string good = read_text(folder / "m.gguf");
+  const std::string name = "blk.0.ffn_down_shexp.weight";
+  const std::size_t ne_at = good.find(raw_u64(name.size()) + name) + 8 + name.size() + 4;
+  int codebooks = 0;
+  for (const GgmlType& type : ggml_types) {
+    if (dtype_of_ggml(type.id)) continue;
+    std::string bad = good;  // one block
+    const std::uint64_t ne[2] = {type.bytes > 0 ? static_cast<std::uint64_t>(type.elements) : 32, 1};
+    std::memcpy(bad.data() + ne_at, ne, sizeof ne);
+    std::memcpy(bad.data() + ne_at + sizeof ne, &type.id, sizeof type.id);
+    write_text(folder / "bad.gguf", bad);
+    const std::string message = error_of([&] { Checkpoint::open(folder / "bad.gguf"); });
+    if (type.bytes == 0) {
+      CHECK(contains(message, concat("tensor ", name, " has type ", type.name, ", which GGUF has withdrawn; convert")));
+      continue;
+    }
+    CHECK(contains(message, concat("tensor ", name, " is ", type.name, ", expected F32, F16, BF16, Q4_0")));
+    CHECK(contains(message, "use another file of the model"));
+    codebooks += message.find("; codebook types of 1 to 3 bits are not supported") != message.npos;
+  }
+  CHECK(codebooks == 9);  // IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0
 }
 
 TEST_CASE("bind: tied embeddings") {

@@ -188,7 +188,7 @@ TEST_CASE("the mixture gives bits to what needs them") {
   for (int i = 0; i < 48; ++i) fill_layer(w.layers[static_cast<std::size_t>(i)], c.full_attention(i));
   auto& mtp = w.mtp.emplace();
   fill_layer(mtp.layer, true);
-  mtp.fc = matrix(H, 2 * H);
+  mtp.fc = matrix(H, 2 * H), mtp.embed_tokens = w.embed_tokens, mtp.lm_head = w.lm_head;
   mtp.pre_fc_norm_embedding.size = mtp.pre_fc_norm_hidden.size = mtp.norm.size = H;
 
   const QuantizePlan plan = plan_quantization(c, w, find_mix("Q4_K_M"), {{"ssm_out", DType::q5_k}});
