@@ -4,10 +4,11 @@
 // A strip is `lanes` rows of weights, unpacked once for all tokens and interleaved so that a vector holds four
 // neighbouring weights of every row; an activation is then broadcast, four values at a time, to all lanes:
 //
-//   strip, for each group of 16 or 32 columns:    i8 w[group/4][lanes][4]  f32 scale[lanes]  i32 start[lanes]
+//   strip, for each group of 16 or 32 columns:    i8 w[group/deep][lanes][deep]  f32 scale[lanes]  i32 start[lanes]
 //                                                 (f32 -min[lanes] if the type has minima)
-//   panel, for each block of 32 columns:          u8 x[8][T][4]  f32 d[T]  f32 s[T]
+//   panel, for each block of 32 columns:          u8 x[32/deep][padded T][deep]  f32 d[T]  f32 s[T]
 //
+// deep = 4, but for AArch64's int8 matrix product (smmla), which multiplies 8 columns of 2 rows and of 2 tokens.
 // Lanes are rows, so no sum runs across lanes, and T may be any number.  A group of 32 costs a token 8 dot
 // instructions, one conversion, one product and one or two multiply-adds.  `start` takes off the panel_bias that
 // x86 adds to activations.
@@ -26,22 +27,31 @@ constexpr int max_panel = 12;
 constexpr int max_panel = 4;
 #endif
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int deep = 8;
+#else
+constexpr int deep = 4;
+#endif
+constexpr int padded(int T) noexcept { return deep == 8 ? (T + 1) / 2 * 2 : T; }  // its products are not used
+constexpr int panel_block(int T) noexcept { return 32 * padded(T) + 8 * T; }
+
 // Of the largest strip: groups of 16 with minima.
 inline std::size_t strip_bytes(int n) noexcept { return static_cast<std::size_t>(n / 4 * 7 * lanes); }
-inline std::size_t panel_bytes(int n, int T) noexcept { return static_cast<std::size_t>(n / 32 * 40 * T); }
+inline std::size_t panel_bytes(int n, int T) noexcept { return static_cast<std::size_t>(n / 32 * panel_block(T)); }
 
 inline void pack_panel(const std::byte* const* rows, int T, int n, std::byte* panel) noexcept {
   for (int t = 0; t < T; ++t) {
     const RowParts x = row_parts(rows[t], n);
     std::byte* block = panel;
-    for (int b = 0; b < n / 32; ++b, block += 40 * T) {
-      for (int k = 0; k < 8; ++k) {
-        const std::uint32_t four = peek<std::uint32_t>(x.q + 32 * b + 4 * k) ^ (panel_bias ? 0x80808080u : 0u);
-        std::memcpy(block + 4 * (k * T + t), &four, 4);
+    for (int b = 0; b < n / 32; ++b, block += panel_block(T)) {
+      for (int k = 0; k < 32; k += 4) {
+        const std::uint32_t four = peek<std::uint32_t>(x.q + 32 * b + k) ^ (panel_bias ? 0x80808080u : 0u);
+        std::memcpy(block + deep * (k / deep * padded(T) + t) + k % deep, &four, 4);
       }
       const float s = x.s[2 * b] + x.s[2 * b + 1];
-      std::memcpy(block + 32 * T + 4 * t, x.d + b, 4);
-      std::memcpy(block + 36 * T + 4 * t, &s, 4);
+      std::byte* tail = block + 32 * padded(T) + 4 * t;
+      std::memcpy(tail, x.d + b, 4);
+      std::memcpy(tail + 4 * T, &s, 4);
     }
   }
 }
@@ -56,12 +66,12 @@ void pack_strip(const std::byte* const* w, int rows, int n, std::byte* strip) no
       alignas(64) std::int8_t q[Type::elements];
       float scale[16], min[16];
       Type::unpack(w[r < rows ? r : 0] + block * Type::bytes, q, scale, min);
-      std::byte* out = strip + 4 * r;
+      std::byte* out = strip + deep * r;
       for (int g = 0; g < groups; ++g, out += group_bytes) {
         std::int32_t start = 0;
         for (int k = 0; k < Type::group; ++k) start -= panel_bias * q[g * Type::group + k];
-        for (int k = 0; k < Type::group / 4; ++k) std::memcpy(out + k * vector, q + g * Type::group + 4 * k, 4);
-        std::byte* tail = out + Type::group * lanes;
+        for (int k = 0; k < Type::group; k += deep) std::memcpy(out + k * lanes, q + g * Type::group + k, deep);
+        std::byte* tail = out + Type::group * lanes - (deep - 4) * r;
         std::memcpy(tail, scale + g, 4);
         std::memcpy(tail + vector, &start, 4);
         if constexpr (Type::has_min) {
@@ -87,7 +97,8 @@ template <int T>
 QWEN3NEXT_FORCE_INLINE F sum16(const std::byte* x) noexcept {
   I sum(-16 * panel_bias);
 #pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) sum = dot4<false>(sum, peek<std::int32_t>(x + 4 * k * T), ones.w);
+  for (int k = 0; k < 16; k += 4)
+    sum = dot4<false>(sum, peek<std::int32_t>(x + k / deep * deep * padded(T) + k % deep), ones.w);
   return to_floats(sum);
 }
 
@@ -100,6 +111,41 @@ struct StripForm {
 template <class Type>
 using FormOf = StripForm<Type::group, Type::has_min, Type::wide>;
 
+// sums[t] lane r = start + the products of one group of columns of row r and token t.
+template <class Form, int T>
+QWEN3NEXT_FORCE_INLINE void multiply_group(const std::byte* strip, const std::byte* x, I start, I* sums) noexcept {
+  const auto* w = reinterpret_cast<const std::int8_t*>(strip);
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  static_assert(lanes == 4 && panel_bias == 0);
+  constexpr int pairs = padded(T) / 2;
+  int32x4_t low[pairs], high[pairs];  // rows 0, 0, 1, 1 and 2, 2, 3, 3 of tokens 0, 1, 0, 1
+#pragma GCC unroll 8
+  for (int p = 0; p < pairs; ++p) low[p] = high[p] = vdupq_n_s32(0);
+#pragma GCC unroll 4
+  for (int k = 0; k < Form::group; k += deep) {
+    const int8x16_t w01 = vld1q_s8(w + k * lanes), w23 = vld1q_s8(w + k * lanes + 16);
+#pragma GCC unroll 8
+    for (int p = 0; p < pairs; ++p) {
+      const int8x16_t two = vld1q_s8(reinterpret_cast<const std::int8_t*>(x + k * padded(T) + 16 * p));
+      low[p] = vmmlaq_s32(low[p], w01, two);
+      high[p] = vmmlaq_s32(high[p], w23, two);
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+    sums[t] = start + I(t % 2 ? vuzp2q_s32(low[t / 2], high[t / 2]) : vuzp1q_s32(low[t / 2], high[t / 2]));
+#else
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) sums[t] = start;
+#pragma GCC unroll 8
+  for (int k = 0; k < Form::group; k += deep) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t)
+      sums[t] = dot4<Form::wide>(sums[t], peek<std::int32_t>(x + k * T + 4 * t), w + k * lanes);
+  }
+#endif
+}
+
 template <class Form, int T>
 void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel, float* y,
                 std::ptrdiff_t y_stride) noexcept {
@@ -107,22 +153,13 @@ void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel,
   F acc[T];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) acc[t] = F(0.0f);
-  for (int b = 0; b < n / 32; ++b, panel += 40 * T) {
-    const std::byte *d = panel + 32 * T, *s = panel + 36 * T;
+  for (int b = 0; b < n / 32; ++b, panel += panel_block(T)) {
+    const std::byte *d = panel + 32 * padded(T), *s = d + 4 * T;
     for (int half = 0; half < 32 / Form::group; ++half) {
-      const I start = load(reinterpret_cast<const std::int32_t*>(strip + Form::group * lanes + vector));
+      const std::byte* x = panel + half * Form::group * padded(T);
       I sums[T];
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) sums[t] = start;
-#pragma GCC unroll 8
-      for (int k = 0; k < Form::group / 4; ++k) {
-        const std::byte* x = panel + (half * Form::group + 4 * k) * T;
-#pragma GCC unroll 16
-        for (int t = 0; t < T; ++t) {
-          sums[t] = dot4<Form::wide>(sums[t], peek<std::int32_t>(x + 4 * t),
-                                     reinterpret_cast<const std::int8_t*>(strip + k * vector));
-        }
-      }
+      multiply_group<Form, T>(strip, x,
+                              load(reinterpret_cast<const std::int32_t*>(strip + Form::group * lanes + vector)), sums);
       const F scale = load(reinterpret_cast<const float*>(strip + Form::group * lanes));
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) acc[t] = xsimd::fma(to_floats(sums[t]), scale * F(peek<float>(d + 4 * t)), acc[t]);
@@ -133,7 +170,7 @@ void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel,
           if constexpr (Form::group == 32)
             acc[t] = xsimd::fma(min, F(peek<float>(s + 4 * t)), acc[t]);
           else
-            acc[t] = xsimd::fma(min, F(peek<float>(d + 4 * t)) * sum16<T>(panel + 16 * T * half + 4 * t), acc[t]);
+            acc[t] = xsimd::fma(min, F(peek<float>(d + 4 * t)) * sum16<T>(x + deep * t), acc[t]);
         }
       }
       strip += Form::group * lanes + (Form::has_min ? 3 : 2) * vector;
