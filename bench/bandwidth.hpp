@@ -1,8 +1,6 @@
 #pragma once
 // How fast this machine reads memory: the roof of everything that is limited by it.
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <barrier>
 #include <chrono>
@@ -11,6 +9,10 @@
 #include <memory>
 #include <thread>
 #include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 
 namespace qwen3next {
 

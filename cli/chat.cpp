@@ -73,7 +73,7 @@ class Chat {
       conversation_.reset();
       session_.reset();
     } else if (name == "/save") {
-      conversation_.save(file());
+      conversation_.save(file_path(file()));
       std::cerr << "saved " << conversation_.messages().size() << " messages\n";
     } else if (name == "/load") {
       conversation_.load(read_conversation(file()), argument);
@@ -89,7 +89,7 @@ class Chat {
   static std::string read_conversation(const std::string& path) {
     constexpr std::uintmax_t largest = 64u << 20;
     std::error_code error;
-    if (std::filesystem::file_size(path, error) > largest && !error) {
+    if (std::filesystem::file_size(file_path(path), error) > largest && !error) {
       throw Error(path + ": larger than 64 MiB, which no saved conversation is");
     }
     return read_text(path, "a saved conversation");

@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdint>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -19,6 +20,9 @@
 namespace qwen3next::cli {
 
 inline constexpr std::string_view model_help = "GGUF file (the first, if split) or Hugging Face folder";
+
+// A name of a file as users give it: in UTF-8, which a path made of chars would not be on Windows.
+inline std::filesystem::path file_path(const std::string& name) { return std::u8string(name.begin(), name.end()); }
 
 // The line under a command's options that shows how to use it.
 inline void add_example(CLI::App& command, const std::string& text) { command.footer("Example:\n  " + text + "\n"); }
@@ -114,11 +118,11 @@ inline Model open_model(const ModelOptions& o) {
     throw Error("--mtp " + o.mtp + ": this build does not draft with the MTP head; use 0, or leave it out");
   }
   const auto start = std::chrono::steady_clock::now();
-  Model model = Model::open(o.path, {.backend = o.backend == "reference" ? Backend::reference : Backend::cpu,
-                                     .isa = o.isa,
-                                     .threads = o.threads,
-                                     .mtp_path = o.mtp_path,
-                                     .yarn_factor = o.yarn});
+  Model model = Model::open(file_path(o.path), {.backend = o.backend == "reference" ? Backend::reference : Backend::cpu,
+                                                .isa = o.isa,
+                                                .threads = o.threads,
+                                                .mtp_path = file_path(o.mtp_path),
+                                                .yarn_factor = o.yarn});
   if (o.verbose) {
     const Config& c = model.config();
     const MemoryPlan plan = model.plan(session_options(o));
@@ -150,9 +154,9 @@ inline std::string read_stdin(std::string_view what) {
 inline std::string read_text(const std::string& path, std::string_view what) {
   if (path == "-") return read_stdin(what);
   std::error_code error;
-  if (std::filesystem::is_directory(path, error))
+  if (std::filesystem::is_directory(file_path(path), error))
     throw Error(path + ": is a folder, expected a file with " + std::string(what));
-  std::ifstream in(path, std::ios::binary);
+  std::ifstream in(file_path(path), std::ios::binary);
   if (!in)
     throw Error(path + ": cannot be opened (" + std::generic_category().message(errno) + "); expected " +
                 std::string(what));

@@ -6,6 +6,7 @@
 #include <bit>
 #include <optional>
 
+#include "cli/common.hpp"
 #include "cli/format.hpp"
 
 namespace qwen3next::cli {
@@ -159,7 +160,7 @@ std::uint64_t alignment(std::uint64_t offset) {
 std::string_view name(KvType kv) { return kv == KvType::f16 ? "f16" : kv == KvType::f32 ? "f32" : "q8_0"; }
 
 Inspection inspect_model(const std::string& path, const std::string& mtp_path, std::int64_t context, KvType kv) {
-  Inspection i{.checkpoint = Checkpoint::open(path, mtp_path), .kv = kv, .context = context};
+  Inspection i{.checkpoint = Checkpoint::open(file_path(path), file_path(mtp_path)), .kv = kv, .context = context};
   const Config& c = i.checkpoint.config;
   const std::int64_t longest = c.max_position_embeddings;
   if (context > longest) throw_error("--ctx is ", context, ", expected at most ", longest, ", this model's length");

@@ -16,6 +16,9 @@ inline std::atomic<bool> stoppable = false, stop_requested = false;
 static_assert(std::atomic<bool>::is_always_lock_free, "used in a signal handler");
 
 extern "C" inline void on_interrupt(int) {
+#if defined(_WIN32)
+  std::signal(SIGINT, on_interrupt);  // which it forgets with every signal
+#endif
   if (!stoppable || stop_requested) std::_Exit(exit_interrupted);
   stop_requested = true;
 }

@@ -64,7 +64,7 @@ void logits(const LogitsOptions& o) {
 
   const Interruptible scope;
   const auto rows = static_cast<std::int64_t>(tokens.size()) - (o.mtp ? 1 : 0);
-  NpyWriter out(o.out, rows, vocabulary);
+  NpyWriter out(file_path(o.out), rows, vocabulary);
   Progress progress("logits", Progress::Unit::tokens, !o.quiet);
   std::int64_t done = 0;
   const auto sink = [&](std::span<const float> row) {

@@ -15,6 +15,7 @@
 
 #include "cli/commands.hpp"
 #include "cli/common.hpp"
+#include "cli/windows.hpp"
 
 namespace {
 
@@ -130,5 +131,7 @@ int run_program(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   catch_interrupts();
-  return run_program(argc, argv);
+  prepare_streams();
+  Arguments arguments(argc, argv);
+  return run_program(arguments.count(), arguments.values());
 }

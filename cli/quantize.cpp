@@ -73,7 +73,7 @@ void summarise(const Checkpoint& in, const QuantizeCommand& o, const QuantizeSum
 // The beginning of the text; control tokens in it are those of a conversation.
 std::vector<std::int32_t> calibration_tokens(const QuantizeCommand& o) {
   const std::string text = read_text(o.calibrate, "a text to calibrate with");
-  std::vector<std::int32_t> tokens = load_tokenizer(o.in).encode(text, Special::parse);
+  std::vector<std::int32_t> tokens = load_tokenizer(file_path(o.in)).encode(text, Special::parse);
   if (tokens.size() < 2) throw Error(o.calibrate + ": too short, expected a text of at least two tokens");
   const auto wanted = static_cast<std::size_t>(o.calibrate_tokens) + 1;  // the last is only what comes next
   if (tokens.size() > wanted) tokens.resize(wanted);
@@ -84,10 +84,10 @@ void run_quantize(const QuantizeCommand& o) {
   QuantizeOptions options{.type = o.type, .name = o.name, .threads = o.threads, .overwrite = o.force};
   for (const std::string& text : o.tensor_types) options.tensor_types.push_back(parse_tensor_type(text));
   std::error_code ignored;
-  if (!o.force && std::filesystem::exists(o.out, ignored)) {
+  if (!o.force && std::filesystem::exists(file_path(o.out), ignored)) {
     throw Error(o.out + ": exists already; --force overwrites it");
   }
-  const Checkpoint in = Checkpoint::open(o.in, o.mtp_path);
+  const Checkpoint in = Checkpoint::open(file_path(o.in), file_path(o.mtp_path));
   const Interruptible scope;
   ActivationStatistics statistics;
   if (!o.calibrate.empty()) {
@@ -101,7 +101,7 @@ void run_quantize(const QuantizeCommand& o) {
                            static_cast<std::int64_t>(tokens.size()) - 1};
   }
   Progress progress("quantizing", Progress::Unit::bytes, !o.quiet);
-  const QuantizeSummary summary = quantize(in, o.out, options, [&](const QuantizeProgress& p) {
+  const QuantizeSummary summary = quantize(in, file_path(o.out), options, [&](const QuantizeProgress& p) {
     progress.update(static_cast<std::int64_t>(p.bytes_read), static_cast<std::int64_t>(p.bytes_to_read));
     return !interrupted();
   });

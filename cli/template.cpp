@@ -13,7 +13,7 @@ struct TemplateOptions {
 };
 
 void render(const TemplateOptions& o) {
-  const ChatTemplate chat_template = load_chat_template(o.path);
+  const ChatTemplate chat_template = load_chat_template(file_path(o.path));
   const ordered_json json = parse_json(read_stdin("messages as JSON"), "standard input", BigInt::exact);
   ordered_json messages = json, tools;
   if (json.is_object()) {

@@ -7,6 +7,8 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
+#elif defined(_WIN32)
+#include <io.h>
 #endif
 
 namespace qwen3next::cli {
@@ -14,6 +16,8 @@ namespace qwen3next::cli {
 inline bool is_terminal(std::FILE* file) {
 #if defined(__unix__) || defined(__APPLE__)
   return ::isatty(::fileno(file)) == 1;
+#elif defined(_WIN32)
+  return ::_isatty(::_fileno(file)) != 0;
 #else
   return false && file;
 #endif

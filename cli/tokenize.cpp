@@ -15,7 +15,7 @@ struct TokenizeOptions {
 };
 
 void tokenize(const TokenizeOptions& o) {
-  const Tokenizer tokenizer = load_tokenizer(o.path);
+  const Tokenizer tokenizer = load_tokenizer(file_path(o.path));
   const auto ids = tokenizer.encode(read_stdin("a text"), o.special ? Special::parse : Special::as_text);
   std::string line = "[";
   for (std::size_t i = 0; i < ids.size(); ++i) line += (i ? ", " : "") + std::to_string(ids[i]);

@@ -57,10 +57,10 @@ class ObjectFiller {
     auto& members = object_->get_ref<ordered_json::object_t&>();
     if (members.size() < 16) return members[key];
     if (index_.empty())
-      for (std::size_t i = 0; i < members.size(); ++i) index_.emplace(members.begin()[static_cast<long>(i)].first, i);
+      for (std::size_t i = 0; i < members.size(); ++i) index_.emplace(members.begin()[static_cast<std::ptrdiff_t>(i)].first, i);
     const auto [it, is_new] = index_.try_emplace(key, members.size());
     if (is_new) members.emplace_back(key, nullptr);
-    return members.begin()[static_cast<long>(it->second)].second;
+    return members.begin()[static_cast<std::ptrdiff_t>(it->second)].second;
   }
 
  private:

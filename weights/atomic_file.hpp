@@ -1,7 +1,7 @@
 #pragma once
 // Writing a file so that it is either complete under its name or not there at all.
 //
-// The only POSIX call is fsync; elsewhere the data is left to the system's own time.
+// The only POSIX call is fsync, on Windows its equal; elsewhere the data is left to the system's own time.
 
 #include <cerrno>
 #include <cstddef>
@@ -23,6 +23,11 @@
 #include <unistd.h>
 #else
 #define QWEN3NEXT_FSYNC 0
+#endif
+#if defined(_WIN32)
+#include <fcntl.h>
+#include <io.h>
+#include <sys/stat.h>
 #endif
 
 namespace qwen3next {
@@ -60,8 +65,9 @@ class AtomicFile {
 namespace detail {
 
 inline std::FILE* create_exclusively(const std::filesystem::path& path) {
-#ifdef _WIN32
-  return ::_wfopen(path.c_str(), L"wbx");
+#if defined(_WIN32)  // its older C library has no "x"
+  const int fd = ::_wopen(path.c_str(), _O_WRONLY | _O_CREAT | _O_EXCL | _O_BINARY, _S_IREAD | _S_IWRITE);
+  return fd < 0 ? nullptr : ::_fdopen(fd, "wb");
 #else
   return std::fopen(path.c_str(), "wbx");
 #endif
@@ -105,6 +111,8 @@ inline void AtomicFile::commit() {
   if (std::fflush(file_) != 0) fail("write it", errno);
 #if QWEN3NEXT_FSYNC
   if (::fsync(::fileno(file_)) != 0 && errno != EINVAL && errno != ENOTSUP) fail("write it", errno);
+#elif defined(_WIN32)
+  if (::_commit(::_fileno(file_)) != 0 && errno != EINVAL) fail("write it", errno);
 #endif
   if (std::fclose(std::exchange(file_, nullptr)) != 0) {
     const int code = errno;

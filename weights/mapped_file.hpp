@@ -1,7 +1,7 @@
 #pragma once
 // A file in memory, read-only.  The operating system's mapping where there is one, else a plain copy.
 //
-// All POSIX calls for reading weights are here.  QWEN3NEXT_NO_MMAP chooses the copy.
+// All system calls for reading weights are here, POSIX's and Windows'.  QWEN3NEXT_NO_MMAP chooses the copy.
 
 #include <algorithm>
 #include <cerrno>
@@ -27,6 +27,27 @@
 #include <unistd.h>
 #else
 #define QWEN3NEXT_MMAP 0
+#endif
+
+#if defined(_WIN32) && !defined(QWEN3NEXT_NO_MMAP)
+#define QWEN3NEXT_FILE_MAPPING 1
+// Six functions, declared as <windows.h> does, without its thousands of macros.
+struct _SECURITY_ATTRIBUTES;
+extern "C" {
+__declspec(dllimport) void* __stdcall CreateFileW(const wchar_t* name, unsigned long access, unsigned long share,
+                                                  _SECURITY_ATTRIBUTES* security, unsigned long creation,
+                                                  unsigned long flags, void* template_file);
+__declspec(dllimport) void* __stdcall CreateFileMappingW(void* file, _SECURITY_ATTRIBUTES* security,
+                                                         unsigned long protection, unsigned long size_high,
+                                                         unsigned long size_low, const wchar_t* name);
+__declspec(dllimport) void* __stdcall MapViewOfFile(void* mapping, unsigned long access, unsigned long offset_high,
+                                                    unsigned long offset_low, std::size_t size);
+__declspec(dllimport) int __stdcall UnmapViewOfFile(const void* view);
+__declspec(dllimport) int __stdcall CloseHandle(void* handle);
+__declspec(dllimport) unsigned long __stdcall GetLastError();
+}
+#else
+#define QWEN3NEXT_FILE_MAPPING 0
 #endif
 
 namespace qwen3next {
@@ -151,6 +172,49 @@ inline void MappedFile::advise(Advice advice, std::size_t offset, std::size_t si
   }
   (void)::madvise(const_cast<std::byte*>(data_) + begin, end - begin, code);
 }
+
+#elif QWEN3NEXT_FILE_MAPPING
+
+// While it is mapped, others may read the file, but neither write to it nor delete it.
+inline MappedFile MappedFile::open(const std::filesystem::path& path) {
+  detail::expect_regular_file(path);
+  MappedFile file;
+  file.path_ = path;
+  file.name_ = display(path);
+  const auto fail = [&](std::string_view what) {
+    throw_error(file.name_, ": cannot ", what, ": ",
+                std::system_category().message(static_cast<int>(::GetLastError())));
+  };
+  struct Handle {
+    void* value;
+    ~Handle() {
+      if (good()) ::CloseHandle(value);
+    }
+    bool good() const noexcept { return value != nullptr && value != reinterpret_cast<void*>(-1); }
+  };
+  constexpr unsigned long generic_read = 0x80000000, share_read = 1, open_existing = 3, attribute_normal = 0x80;
+  const Handle handle{
+      ::CreateFileW(path.c_str(), generic_read, share_read, nullptr, open_existing, attribute_normal, nullptr)};
+  if (!handle.good()) fail("open it");
+  std::error_code error;
+  const std::uintmax_t size = std::filesystem::file_size(path, error);
+  if (error) throw_error(file.name_, ": cannot read its size: ", error.message());
+  if (size == 0) return file;  // nothing to map
+  constexpr unsigned long page_readonly = 2, map_read = 4;
+  const Handle mapping{::CreateFileMappingW(handle.value, nullptr, page_readonly, 0, 0, nullptr)};
+  if (!mapping.good()) fail("map it into memory");
+  const void* data = ::MapViewOfFile(mapping.value, map_read, 0, 0, static_cast<std::size_t>(size));
+  if (!data) fail("map it into memory");
+  file.data_ = static_cast<const std::byte*>(data);
+  file.size_ = static_cast<std::size_t>(size);
+  return file;
+}
+
+inline MappedFile::~MappedFile() {
+  if (data_) ::UnmapViewOfFile(data_);
+}
+
+inline void MappedFile::advise(Advice, std::size_t, std::size_t) const noexcept {}
 
 #else
 

@@ -6,6 +6,7 @@ set(CMAKE_SYSTEM_PROCESSOR x86_64)
 set(CMAKE_CXX_COMPILER x86_64-w64-mingw32-g++-posix)
 set(CMAKE_RC_COMPILER x86_64-w64-mingw32-windres)
 set(CMAKE_CROSSCOMPILING_EMULATOR wine)
+set(CMAKE_CXX_FLAGS_INIT -Wa,-mbig-obj)
 set(CMAKE_EXE_LINKER_FLAGS_INIT -static)  # one file, without the compiler's DLLs beside it
 
 set(CMAKE_FIND_ROOT_PATH ${CMAKE_CURRENT_LIST_DIR}/../../build/sysroot/x86_64-w64-mingw32)
