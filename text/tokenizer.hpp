@@ -17,6 +17,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -141,13 +142,24 @@ class Tokenizer {
     std::size_t bytes = 0;
     for (const std::string& token : tokens) bytes += token.size();
     table_.reserve(tokens.size(), bytes);
+    std::vector<AddedTokens::Token> added, added_normalized;
+    std::unordered_set<std::string_view> known;  // the texts of both
     for (std::size_t id = 0; id < tokens.size(); ++id) {
       if (types[id] < 1 || types[id] > 6)
         throw Error(source_ + ": token " + std::to_string(id) + " has type " + std::to_string(types[id]) +
                     ", expected 1 to 6");
-      add_token(tokens[id], static_cast<TokenType>(types[id]),
-                parts.normalized.contains(static_cast<std::int32_t>(id)));
+      const auto type = static_cast<TokenType>(types[id]);
+      add_token(tokens[id], type);
+      if (type == TokenType::normal || type == TokenType::byte || type == TokenType::unused || tokens[id].empty())
+        continue;
+      if (!known.insert(tokens[id]).second) fail_token(id, tokens[id], "occurs twice");
+      const bool normalized = parts.normalized.contains(static_cast<std::int32_t>(id));
+      const bool special = type != TokenType::user_defined;
+      (normalized ? added_normalized : added)
+          .push_back({normalized && nfc_ ? nfc(tokens[id]) : tokens[id], static_cast<std::int32_t>(id), special});
     }
+    added_ = AddedTokens(std::move(added));
+    added_normalized_ = AddedTokens(std::move(added_normalized));
     whole_ = std::make_unique<std::atomic<std::uint8_t>[]>(tokens.size());
     for (unsigned byte = 0; byte < 256; ++byte) {
       const char c = static_cast<char>(byte);
@@ -158,30 +170,28 @@ class Tokenizer {
     for (std::size_t rank = 0; rank < merges.size(); ++rank) add_merge(merges[rank], rank);
   }
 
-  void add_token(const std::string& token, TokenType type, bool normalized) {
-    const auto id = static_cast<std::int32_t>(table_.size());
-    const auto fail = [&](std::string_view what) {
-      throw Error(source_ + ": token " + std::to_string(id) + " \"" + excerpt(token) + "\" " + std::string(what));
-    };
+  [[noreturn]] void fail_token(std::size_t id, std::string_view token, std::string_view what) const {
+    throw Error(source_ + ": token " + std::to_string(id) + " \"" + excerpt(token) + "\" " + std::string(what));
+  }
+
+  void add_token(const std::string& token, TokenType type) {
+    const std::size_t id = table_.size();
     types_.push_back(type);
     if (type == TokenType::normal) {
       const auto bytes = unspell_bytes(token);
-      if (!bytes) fail("is not spelled in the byte-level alphabet, so this is not Qwen's kind of tokenizer");
+      if (!bytes)
+        fail_token(id, token, "is not spelled in the byte-level alphabet, so this is not Qwen's kind of tokenizer");
       table_.add(*bytes);
-      if (!table_.index_last()) fail("occurs twice");
+      if (!table_.index_last()) fail_token(id, token, "occurs twice");
     } else if (type == TokenType::byte) {
       unsigned value = 0;
       const char* digits = token.data() + 3;
       const bool shaped = token.size() == 6 && token.starts_with("<0x") && token.ends_with(">");
       if (!shaped || std::from_chars(digits, digits + 2, value, 16).ptr != digits + 2)
-        fail("is not of the form <0x41>");
+        fail_token(id, token, "is not of the form <0x41>");
       table_.add(std::string(1, static_cast<char>(value)));
     } else {
       table_.add(token);
-      if (type == TokenType::unused || token.empty()) return;
-      if (added_.find(token) != nullptr || added_normalized_.find(token) != nullptr) fail("occurs twice");
-      (normalized ? added_normalized_ : added_)
-          .add({normalized && nfc_ ? nfc(token) : token, id, type != TokenType::user_defined});
     }
   }
 

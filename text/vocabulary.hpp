@@ -83,7 +83,8 @@ class TokenTable {
   std::size_t longest_ = 0;
 };
 
-// Tokens that are matched as literal text before anything else: at each place the longest one.
+// Tokens that are matched as literal text before anything else: at each place the longest one.  Sorted, so that a file
+// with a hundred thousand of them costs n log n to read, and each place of a text no more than the longest match.
 class AddedTokens {
  public:
   struct Token {
@@ -92,21 +93,23 @@ class AddedTokens {
     bool special;
   };
 
-  void add(Token token) {
-    auto& bucket = by_first_byte_[static_cast<unsigned char>(token.text.front())];
-    const auto longer = [](const Token& a, const Token& b) { return a.text.size() > b.text.size(); };
-    bucket.insert(std::upper_bound(bucket.begin(), bucket.end(), token, longer), std::move(token));
-    ++size_;
+  // No text may be empty; of equal ones the first counts.
+  AddedTokens() = default;
+  explicit AddedTokens(std::vector<Token> tokens) : tokens_(std::move(tokens)) {
+    std::stable_sort(tokens_.begin(), tokens_.end(), [](const Token& a, const Token& b) { return a.text < b.text; });
+    for (std::size_t byte = 0, i = 0; byte < 256; ++byte) {
+      while (i < tokens_.size() && static_cast<unsigned char>(tokens_[i].text.front()) <= byte) ++i;
+      end_[byte] = i;
+    }
   }
 
-  bool empty() const noexcept { return size_ == 0; }
+  bool empty() const noexcept { return tokens_.empty(); }
 
   // The token that is exactly `text`.
   const Token* find(std::string_view text) const noexcept {
-    if (text.empty()) return nullptr;
-    for (const Token& token : by_first_byte_[static_cast<unsigned char>(text.front())])
-      if (token.text == text) return &token;
-    return nullptr;
+    const auto found = std::lower_bound(tokens_.begin(), tokens_.end(), text,
+                                        [](const Token& token, std::string_view t) { return token.text < t; });
+    return found != tokens_.end() && found->text == text ? &*found : nullptr;
   }
 
   // Cuts `text` at the tokens found: gap(std::string_view) for what lies between, token(const Token&).  Special tokens
@@ -129,14 +132,26 @@ class AddedTokens {
   }
 
  private:
+  // Narrows the range of tokens that begin as the text does, a byte at a time; the shortest of a range comes first.
   const Token* match(std::string_view text, bool parse_special) const noexcept {
-    for (const Token& token : by_first_byte_[static_cast<unsigned char>(text.front())])
-      if ((parse_special || !token.special) && text.starts_with(token.text)) return &token;
-    return nullptr;
+    const std::size_t first = static_cast<unsigned char>(text.front());
+    const Token* begin = tokens_.data() + (first == 0 ? 0 : end_[first - 1]);
+    const Token* end = tokens_.data() + end_[first];
+    const Token* best = nullptr;
+    for (std::size_t size = 1; begin != end; ++size) {
+      for (; begin != end && begin->text.size() == size; ++begin)
+        if ((parse_special || !begin->special) && (best == nullptr || best->text.size() != size)) best = begin;
+      if (size == text.size()) break;
+      const auto byte = [size](const Token& token) { return static_cast<unsigned char>(token.text[size]); };
+      const auto next = static_cast<unsigned char>(text[size]);
+      begin = std::partition_point(begin, end, [&](const Token& token) { return byte(token) < next; });
+      end = std::partition_point(begin, end, [&](const Token& token) { return byte(token) == next; });
+    }
+    return best;
   }
 
-  std::array<std::vector<Token>, 256> by_first_byte_;  // longest first
-  std::size_t size_ = 0;
+  std::vector<Token> tokens_;
+  std::array<std::size_t, 256> end_{};  // of those that begin with this byte or a lower one
 };
 
 }  // namespace qwen3next

@@ -193,6 +193,29 @@ TEST_CASE("tokenizer: a megabyte of anything takes linear time") {
   }
 }
 
+TEST_CASE("tokenizer: a hundred thousand added tokens that begin alike take n log n time") {
+  std::vector<std::string> tokens, merges;
+  for (unsigned byte = 0; byte < 256; ++byte) tokens.push_back(spell_bytes(std::string(1, static_cast<char>(byte))));
+  std::vector<std::int32_t> types(256, 1);
+  for (int i = 0; i < 100'000; ++i) {
+    tokens.push_back("<" + std::to_string(i) + ">");
+    types.push_back(i % 2 == 0 ? 4 : 3);  // every other one a control token
+  }
+  tokens.insert(tokens.end(), {"<a", "<ab", "<abc>"}), types.insert(types.end(), {4, 3, 4});
+  const auto start = std::chrono::steady_clock::now();
+  const Tokenizer t = Tokenizer::from_parts(tokens, types, merges, "many");
+  std::string text;
+  for (int i = 0; i < 100'000; ++i) text += "<" + std::to_string(i);  // never closed
+  t.encode(text);
+  CHECK(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < 20);
+
+  CHECK(t.encode("<12>") == Ids{256 + 12});
+  CHECK(t.encode("<13>").size() == 4);  // a control token is text here
+  CHECK(t.encode("<13>", Special::parse) == Ids{256 + 13});
+  CHECK(t.encode("<abc>x<ab<a") == Ids{100'258, 'x', 100'256, 'b', 100'256});  // the longest at each place
+  CHECK(t.encode("<ab<abc", Special::parse) == Ids{100'257, 100'257, 'c'});
+}
+
 TEST_CASE("tokenizer: threads share one") {
   const std::string text = test::text_golden("tokenizer.json").substr(0, 20000);
   const Tokenizer fresh = Tokenizer::from_json(test::text_golden("tokenizer.json"), "tokenizer.json");
