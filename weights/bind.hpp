@@ -94,16 +94,14 @@ inline ExpertViews bind_experts(Binder& b, const Config& c, std::string_view p) 
   const int E = c.num_experts, H = c.hidden_size, I = c.moe_intermediate_size;
   constexpr TensorName gate_up_name{"mlp.experts.gate_up_proj", "ffn_gate_up_exps.weight"};
   constexpr TensorName down_name{"mlp.experts.down_proj", "ffn_down_exps.weight"};
-  ExpertViews experts(static_cast<std::size_t>(E));
+  ExpertViews experts;
   const auto fill = [&](WeightView ExpertView::*member, const std::vector<WeightView>& stack) {
+    experts.resize(stack.size());
     for (std::size_t e = 0; e < experts.size(); ++e) experts[e].*member = stack[e];
   };
   if (b.has(p, gate_up_name)) {  // fused: gate rows, then up rows
-    const std::vector<WeightView> gate_up = b.stack(p, gate_up_name, E, 2 * I, H);
-    for (std::size_t e = 0; e < experts.size(); ++e) {
-      if (!gate_up[e].data) continue;
-      experts[e].gate = gate_up[e].slice(0, I);
-      experts[e].up = gate_up[e].slice(I, I);
+    for (const WeightView& gate_up : b.stack(p, gate_up_name, E, 2 * I, H)) {
+      experts.push_back({gate_up.slice(0, I), gate_up.slice(I, I), {}});
     }
     fill(&ExpertView::down, b.stack(p, down_name, E, H, I));
   } else if (b.gguf()) {
@@ -114,7 +112,7 @@ inline ExpertViews bind_experts(Binder& b, const Config& c, std::string_view p) 
     std::string prefix;
     for (int e = 0; e < E; ++e) {
       prefix.assign(p).append("mlp.experts.").append(std::to_string(e)).append(".");
-      ExpertView& expert = experts[static_cast<std::size_t>(e)];
+      ExpertView& expert = experts.emplace_back();
       expert.gate = b.matrix(prefix, {"gate_proj.weight", ""}, I, H);
       expert.up = b.matrix(prefix, {"up_proj.weight", ""}, I, H);
       expert.down = b.matrix(prefix, {"down_proj.weight", ""}, H, I);

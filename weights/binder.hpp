@@ -64,6 +64,9 @@ class Binder {
     const auto [record, i] = lookup(prefix, pick(name));
     if (!record) {
       missing_.emplace_back(concat(prefix, pick(name)));
+      // A config can claim billions of tensors: no list of them, and no tables for them, beyond what the files hold.
+      if (missing_.size() > records_.size() + 1024)
+        throw_error(source_, ": ", list(missing_, "or more missing"), advice);
       return nullptr;
     }
     used_[i] = true;
@@ -88,11 +91,11 @@ class Binder {
     return Factors(*this, *record, 1, view).applied(view, 0);
   }
 
-  // `count` matrices [rows, cols], one after the other in one tensor.
+  // `count` matrices [rows, cols], one after the other in one tensor; none if it is missing.
   std::vector<WeightView> stack(std::string_view prefix, TensorName name, int count, int rows, int cols) {
-    std::vector<WeightView> views(static_cast<std::size_t>(count));
     const TensorRecord* record = take(prefix, name, {count, rows, cols});
-    if (!record) return views;
+    if (!record) return {};
+    std::vector<WeightView> views(static_cast<std::size_t>(count));
     auto view = WeightView::contiguous(record->data, *record->type, rows, cols);
     const Factors factors(*this, *record, count, view);
     for (int i = 0; i < count; ++i, view.data += view.bytes()) {
@@ -145,14 +148,14 @@ class Binder {
     if (missing_.empty() && unexpected.empty()) return;
     std::string what = missing_.empty() ? "" : list(missing_, "missing");
     if (!unexpected.empty()) what += (what.empty() ? "" : "; ") + list(unexpected, "unexpected");
-    throw_error(source_, ": ", what,
-                missing_.empty() ? "; this is not a Qwen3-Next of the given config"
-                                 : "; the files are incomplete or of another model");
+    throw_error(source_, ": ", what, missing_.empty() ? "; this is not a Qwen3-Next of the given config" : advice);
   }
 
   std::string file(const TensorRecord& record) const { return files_[static_cast<std::size_t>(record.file)].name(); }
 
  private:
+  static constexpr std::string_view advice = "; the files are incomplete or of another model";
+
   // What multiplies a stack of matrices, one after the other in one tensor: a grid beside F8_E4M3, a number in GGUF.
   class Factors {
    public:

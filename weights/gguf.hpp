@@ -141,6 +141,11 @@ class GgufCursor {
         throw_error(file_.name(), ": metadata key ", printable(key), " claims ", count, " elements, but the file ends ",
                     left(), " bytes later; it is truncated or damaged: download it again");
       }
+      constexpr std::uint64_t most = std::uint64_t{1} << 25;  // twice the largest vocabulary
+      if (count > most) {
+        throw_error(file_.name(), ": metadata key ", printable(key), " has ", count, " elements, expected at most ",
+                    most, "; the file is damaged");
+      }
       if (element != GgufType::string) {
         take(count * smallest, "an array");
       } else {

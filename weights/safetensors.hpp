@@ -291,8 +291,10 @@ class ShardIndex : public nlohmann::json_sax<Json> {
 
 inline ShardCounts read_shard_index(const MappedFile& file) {
   const std::string_view json = file.text();
+  if (json.size() > 100'000'000)
+    throw_error(file.name(), ": ", json.size(), " bytes are too many for an index of shards");
   ShardIndex index(file);
-  if (json.size() <= 100'000'000) read_json_events(json, index);
+  read_json_events(json, index);
   if (index.counts.empty()) {
     throw_error(file.name(), ": no \"weight_map\" from tensors to files; download it again");
   }

@@ -1,5 +1,7 @@
 #include <doctest/doctest.h>
 
+#include <chrono>
+
 #include <random>
 
 #include "tests/weights/fixtures.hpp"
@@ -388,6 +390,20 @@ TEST_CASE("bind: types that GGUF knows and this program does not are refused by 
     codebooks += message.find("; codebook types of 1 to 3 bits are not supported") != message.npos;
   }
   CHECK(codebooks == 9);  // IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0
+}
+
+TEST_CASE("bind: a config that claims billions of tensors costs no more than the files hold") {
+  Config c = small_config();
+  json config = hf_config_json(c);
+  config["num_hidden_layers"] = 4096, config["num_experts"] = 65536;
+  config["layer_types"] = nullptr;
+  TempFolder folder;
+  write_text(folder / "config.json", config.dump());
+  write_safetensors(folder / "model.safetensors", {{"model.embed_tokens.weight", {{50, 20}, std::vector<float>(1000)}}},
+                    DType::bf16);
+  const auto start = std::chrono::steady_clock::now();
+  CHECK(contains(error_of([&] { Checkpoint::open(folder.path()); }), "1026 tensors or more missing (model.layers.0."));
+  CHECK(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < 5);
 }
 
 TEST_CASE("bind: tied embeddings") {
