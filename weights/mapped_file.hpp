@@ -54,8 +54,9 @@ namespace qwen3next {
 
 static_assert(sizeof(std::size_t) == 8, "qwen3next is for 64-bit machines: its files are larger than 4 GiB");
 
-// The bytes stay where they are when the object is moved.  Sizes are checked at open; if another program truncates the
-// file later, reading the lost pages is a bus error, as with every mapping.
+// The bytes stay where they are when the object is moved.  Sizes are checked at open.  If another program truncates the
+// file later, reading the lost pages is a bus error, as with every mapping; who works for hours asks check_unchanged()
+// now and then.  A file that is replaced (a new one renamed to its name) stays as it was opened.
 class MappedFile {
  public:
   enum class Advice { normal, sequential, random, will_need, dont_need };
@@ -81,6 +82,9 @@ class MappedFile {
     return address >= begin && address - begin < size_;
   }
 
+  // Throws Error if the file at path() is still this one and was written to or truncated since it was opened.
+  void check_unchanged() const;
+
   // A hint about the pages that hold [offset, offset + size); never fails.
   void advise(Advice advice, std::size_t offset, std::size_t size) const noexcept;
 
@@ -88,14 +92,20 @@ class MappedFile {
   MappedFile() = default;
   void swap(MappedFile& other) noexcept {
     std::swap(path_, other.path_), std::swap(name_, other.name_), std::swap(data_, other.data_);
-    std::swap(size_, other.size_), std::swap(copy_, other.copy_);
+    std::swap(size_, other.size_), std::swap(copy_, other.copy_), std::swap(identity_, other.identity_);
   }
+
+  struct Identity {
+    std::uint64_t device = 0, inode = 0;
+    std::int64_t seconds = 0, nanoseconds = 0;  // of the last change to its bytes
+  };
 
   std::filesystem::path path_;
   std::string name_;
   const std::byte* data_ = nullptr;
   std::size_t size_ = 0;
   std::unique_ptr<std::byte[]> copy_;  // only without mmap
+  Identity identity_;                  // only with mmap
 };
 
 namespace detail {
@@ -116,6 +126,19 @@ inline void expect_regular_file(const std::filesystem::path& path) {
 
 #if QWEN3NEXT_MMAP
 
+namespace detail {
+template <class Identity>
+Identity file_identity(const struct ::stat& status) noexcept {
+#if defined(__APPLE__)
+  const auto& changed = status.st_mtimespec;
+#else
+  const auto& changed = status.st_mtim;
+#endif
+  return {static_cast<std::uint64_t>(status.st_dev), static_cast<std::uint64_t>(status.st_ino), changed.tv_sec,
+          changed.tv_nsec};
+}
+}  // namespace detail
+
 inline MappedFile MappedFile::open(const std::filesystem::path& path) {
   detail::expect_regular_file(path);
   MappedFile file;
@@ -129,10 +152,12 @@ inline MappedFile MappedFile::open(const std::filesystem::path& path) {
     ~Descriptor() {
       if (fd >= 0) ::close(fd);
     }
-  } const descriptor{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  } const descriptor{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};  // should it be a pipe by now
   if (descriptor.fd < 0) fail("open it");
   struct ::stat status {};
   if (::fstat(descriptor.fd, &status) != 0) fail("read its size");
+  if (!S_ISREG(status.st_mode)) throw_error(file.name_, ": is not a regular file");
+  file.identity_ = detail::file_identity<Identity>(status);
   if (static_cast<std::uintmax_t>(status.st_size) > std::numeric_limits<std::ptrdiff_t>::max()) {
     throw_error(file.name_, ": ", status.st_size, " bytes are more than this machine can address");
   }
@@ -147,6 +172,19 @@ inline MappedFile MappedFile::open(const std::filesystem::path& path) {
 
 inline MappedFile::~MappedFile() {
   if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+inline void MappedFile::check_unchanged() const {
+  struct ::stat status {};
+  if (::stat(path_.c_str(), &status) != 0) return;  // deleted: its bytes live on
+  const auto now = detail::file_identity<Identity>(status);
+  if (now.device != identity_.device || now.inode != identity_.inode) return;
+  if (now.seconds == identity_.seconds && now.nanoseconds == identity_.nanoseconds &&
+      static_cast<std::uintmax_t>(status.st_size) == size_) {
+    return;
+  }
+  throw_error(name_, ": was changed while it was in use (", size_, " bytes when it was opened, ",
+              static_cast<std::int64_t>(status.st_size), " now); wait until it is complete, then start again");
 }
 
 inline void MappedFile::advise(Advice advice, std::size_t offset, std::size_t size) const noexcept {
@@ -245,6 +283,8 @@ inline MappedFile MappedFile::open(const std::filesystem::path& path) {
 }
 
 inline MappedFile::~MappedFile() = default;
+
+inline void MappedFile::check_unchanged() const {}  // this is a copy
 
 inline void MappedFile::advise(Advice, std::size_t, std::size_t) const noexcept {}
 

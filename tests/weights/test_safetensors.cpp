@@ -173,3 +173,26 @@ TEST_CASE("a mapped file is a regular file, and its bytes stay when it is moved"
   CHECK(contains(error_of([&] { MappedFile::open(folder / "none"); }), "none: no such file"));
   CHECK(contains(error_of([&] { MappedFile::open(folder.path()); }), "is a folder"));
 }
+
+TEST_CASE("a mapped file says when it was changed under us, and stays as it was when it is replaced") {
+  TempFolder folder;
+  const fs::path path = folder / "weights";
+  write_text(path, "0123456789");
+  const MappedFile file = MappedFile::open(path);
+  CHECK_NOTHROW(file.check_unchanged());
+#if QWEN3NEXT_MMAP
+  std::ofstream(path, std::ios::binary | std::ios::app) << "x";  // a download that goes on
+  const std::string error = error_of([&] { file.check_unchanged(); });
+  CHECK(contains(error, path.string() + ": was changed while it was in use (10 bytes when it was opened, 11 now)"));
+  fs::resize_file(path, 4);
+  CHECK(contains(error_of([&] { file.check_unchanged(); }), "4 now"));
+
+  write_text(folder / "new", "another");
+  const MappedFile old = MappedFile::open(path);
+  fs::rename(folder / "new", path);
+  CHECK_NOTHROW(old.check_unchanged());
+  CHECK(old.text() == "0123");
+  fs::remove(path);
+  CHECK_NOTHROW(old.check_unchanged());
+#endif
+}
