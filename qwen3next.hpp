@@ -122,6 +122,8 @@ class Model {
     mutable GenerationDefaults defaults;
   };
   const GenerationDefaults& defaults() const;
+  // 0: the model's length; throws Error if it is longer.
+  std::int64_t checked_context(std::int64_t asked) const;
 
   std::shared_ptr<const Shared> shared_;
 };

@@ -139,8 +139,17 @@ inline Model open_model(const ModelOptions& o) {
 
 // --- reading and writing --------------------------------------------------------------------------------------------
 
+// To the end, which /dev/zero and its kind do not have.
 inline std::string read_all(std::istream& in, const std::string& name) {
-  std::string text{std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+  constexpr std::size_t most = std::size_t{1} << 30, piece = std::size_t{1} << 16;
+  std::string text;
+  while (in) {
+    const std::size_t size = text.size();
+    if (size > most) throw Error(name + ": more than 1 GiB, expected a text");
+    text.resize(size + piece);
+    in.read(text.data() + size, static_cast<std::streamsize>(piece));
+    text.resize(size + static_cast<std::size_t>(in.gcount()));
+  }
   if (in.bad()) throw Error(name + ": cannot be read");
   return text;
 }

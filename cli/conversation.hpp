@@ -36,7 +36,7 @@ class Conversation {
 
   // Takes over the messages of `text`; `source` names it.  Throws Error, and changes nothing, if they are not in order.
   void load(std::string_view text, const std::string& source) {
-    const ordered_json json = parse_json(text, source, BigInt::exact);
+    const ordered_json json = parse_json(text, source, BigInt::rounded);
     const auto fail = [&](const std::string& what) { throw Error(source + ": " + what); };
     if (!json.is_object() || !json.contains("messages")) fail("not a saved conversation (an object with \"messages\")");
     if (!json.contains("version") || json["version"] != 1) fail("\"version\" is not 1: saved by another version");

@@ -1,11 +1,10 @@
 // logits: what the model expects after each token of a list.
 
-#include <charconv>
-
 #include "cli/commands.hpp"
 #include "cli/common.hpp"
 #include "cli/npy.hpp"
 #include "cli/progress.hpp"
+#include "cli/token_list.hpp"
 
 namespace qwen3next::cli {
 
@@ -17,32 +16,6 @@ struct LogitsOptions {
   std::string file, out;
   bool mtp = false, quiet = false;
 };
-
-// Ids between commas or white space, in brackets or not.
-std::vector<std::int32_t> parse_tokens(std::string_view text, const std::string& source) {
-  constexpr std::string_view between = " \t\r\n,";
-  const auto trim = [&](std::string_view s) {
-    s.remove_prefix(std::min(s.find_first_not_of(between), s.size()));
-    return s.substr(0, s.find_last_not_of(between) + 1);
-  };
-  text = trim(text);
-  if (text.starts_with('[') && text.ends_with(']')) text = trim(text.substr(1, text.size() - 2));
-  std::vector<std::int32_t> tokens;
-  while (!text.empty()) {
-    std::int32_t token = 0;
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), token);
-    const auto length = static_cast<std::size_t>(end - text.data());
-    if (error != std::errc() || (length < text.size() && between.find(text[length]) == between.npos)) {
-      throw Error(source + ": '" + printable(text.substr(0, text.find_first_of(between)), 40) +
-                  "' is no token id; expected numbers such as 1,2,3");
-    }
-    tokens.push_back(token);
-    text.remove_prefix(length);
-    text.remove_prefix(std::min(text.find_first_not_of(between), text.size()));
-  }
-  if (tokens.empty()) throw Error(source + ": no token ids; expected numbers such as 1,2,3");
-  return tokens;
-}
 
 void logits(const LogitsOptions& o) {
   if (!o.tokens && o.file.empty()) throw CLI::RequiredError("--tokens or --tokens-file");
@@ -69,6 +42,8 @@ void logits(const LogitsOptions& o) {
   std::int64_t done = 0;
   const auto sink = [&](std::span<const float> row) {
     stop_if_interrupted();
+    if (!is_finite(row))
+      throw_error(o.model.path, ": the logits of token ", done, " are not numbers: its weights are damaged");
     out.write(row);
     progress.update(++done, rows);
   };

@@ -130,7 +130,7 @@ int run_program(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  catch_interrupts();
+  catch_signals();
   prepare_streams();
   Arguments arguments(argc, argv);
   return run_program(arguments.count(), arguments.values());

@@ -46,6 +46,10 @@ void perplexity(const PerplexityOptions& o) {
     session.all_logits(piece, [&](std::span<const float> logits) {
       stop_if_interrupted();
       if (++row == piece.size()) return;  // what follows the window is not asked for
+      if (!is_finite(logits)) {
+        throw_error(o.model.path, ": the logits of token ", begin + row - 1,
+                    " are not numbers: its weights are damaged");
+      }
       const double nats = surprise(logits, piece[row]);
       sum += nats, sum_of_squares += nats * nats, ++scored;
       progress.update(static_cast<std::int64_t>(begin + row), static_cast<std::int64_t>(tokens.size()));

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <random>
 #include <span>
@@ -60,6 +61,13 @@ inline Sampling advised(const GenerationDefaults& d) {
   return s;
 }
 
+// Whether all logits are numbers; those of damaged weights are not.
+inline bool is_finite(std::span<const float> logits) noexcept {
+  bool good = true;
+  for (const float x : logits) good &= std::fabs(x) <= std::numeric_limits<float>::max();  // false for NaN
+  return good;
+}
+
 // One stream of choices: penalties, temperature, top-k, top-p, min-p, then a draw.  Allocates only while it meets
 // tokens for the first time.
 class Sampler {
@@ -72,9 +80,7 @@ class Sampler {
 
   // Chooses from logits [V]; the choice counts for later penalties.  Throws Error if they are not numbers.
   std::int32_t sample(std::span<const float> logits) {
-    float sum = 0;
-    for (float x : logits) sum += x;
-    if (!std::isfinite(sum)) throw Error("the model's logits are not finite: its weights are damaged");
+    if (!is_finite(logits)) throw Error("the model's logits are not numbers: its weights are damaged");
     const std::int32_t token = penalised() ? choose(apply_penalties(logits)) : choose(logits);
     ++seen_[token];
     return token;

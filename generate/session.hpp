@@ -27,8 +27,17 @@ QWEN3NEXT_INLINE Model Model::open(const std::filesystem::path& path, const Opti
   return model;
 }
 
+QWEN3NEXT_INLINE std::int64_t Model::checked_context(std::int64_t asked) const {
+  const std::int64_t longest = config().max_position_embeddings, context = asked == 0 ? longest : asked;
+  if (context < 1 || context > longest) {
+    throw Error("context is " + std::to_string(context) + " tokens, expected 1.." + std::to_string(longest) +
+                " (this model's length; YaRN extends it)");
+  }
+  return context;
+}
+
 QWEN3NEXT_INLINE MemoryPlan Model::plan(const SessionOptions& options) const {
-  const std::int64_t context = options.context > 0 ? options.context : config().max_position_embeddings;
+  const std::int64_t context = checked_context(options.context);
   const KvType kv = options.kv.value_or(shared_->engine->default_kv());
   MemoryPlan plan = plan_session(config(), kv, context, options.batch);
   plan.weights_mapped = checkpoint().file_bytes();
@@ -37,12 +46,7 @@ QWEN3NEXT_INLINE MemoryPlan Model::plan(const SessionOptions& options) const {
 }
 
 QWEN3NEXT_INLINE Session Model::session(const SessionOptions& options) const {
-  const std::int64_t longest = config().max_position_embeddings;
-  const std::int64_t context = options.context == 0 ? longest : options.context;
-  if (context < 1 || context > longest) {
-    throw Error("context is " + std::to_string(context) + " tokens, expected 1.." + std::to_string(longest) +
-                " (this model's length; YaRN extends it)");
-  }
+  const std::int64_t context = checked_context(options.context);
   return Session(*this, context, shared_->engine->timeline({options.kv, options.batch}));
 }
 

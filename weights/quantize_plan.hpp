@@ -121,6 +121,10 @@ class QuantizePlanner {
   QuantizePlanner(const Config& config, const Mix& mix, const std::vector<std::pair<std::string, DType>>& overrides)
       : c_(config), mix_(mix) {
     for (const auto& [pattern, type] : overrides) {
+      if (pattern.size() > 1000) {  // std::regex recurses over it
+        throw_error("tensor type pattern '", printable(pattern, 20), "' has ", pattern.size(),
+                    " characters, expected at most 1000");
+      }
       try {
         overrides_.push_back({pattern, std::regex(pattern), type, false});
       } catch (const std::regex_error& e) {
@@ -139,8 +143,8 @@ class QuantizePlanner {
       if (!o.used) throw_error("tensor type pattern '", printable(o.pattern), "' matches no matrix of the model");
     }
     // Those that keep their successor aligned first, so that they, stacked experts above all, are aligned themselves.
-    std::ranges::stable_partition(plan_.tensors,
-                                  [](const PlannedTensor& t) { return t.bytes() % GgufWriter::data_alignment == 0; });
+    std::stable_partition(plan_.tensors.begin(), plan_.tensors.end(),
+                          [](const PlannedTensor& t) { return t.bytes() % GgufWriter::data_alignment == 0; });
     return std::move(plan_);
   }
 

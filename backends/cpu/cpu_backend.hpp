@@ -33,12 +33,15 @@ struct CpuOptions {
 
 // From names and numbers as users give them: "" the best ISA, 0 threads all processors.
 inline CpuOptions resolve_cpu_options(const std::string& isa, int threads) {
-  if (threads < 0) throw Error("threads is " + std::to_string(threads) + ", expected 0 (all) or more");
 #if defined(_OPENMP)
   const int all = omp_get_num_procs();
 #else
   const int all = 1;
 #endif
+  const int most = std::max(all, 256);  // OpenMP ends the program when it cannot have as many as asked for
+  if (threads < 0 || threads > most) {
+    throw Error("threads is " + std::to_string(threads) + ", expected 0 (all) to " + std::to_string(most));
+  }
   return {&cpu::choose_kernels(isa), threads > 0 ? threads : all, KvType::f16};
 }
 

@@ -191,6 +191,7 @@ class ReferenceBackend {
       const auto row = vec(logits.row(t), E);
       Eigen::VectorXf p = (row.array() - row.maxCoeff()).exp();
       p /= p.sum();
+      p = p.array().isNaN().select(-1, p);  // damaged weights: no order of NaNs, but an order
       std::iota(order.begin(), order.end(), 0);
       std::partial_sort(order.begin(), order.begin() + k, order.end(),
                         [&](int a, int b) { return p[a] != p[b] ? p[a] > p[b] : a < b; });
