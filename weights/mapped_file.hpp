@@ -252,6 +252,8 @@ inline MappedFile::~MappedFile() {
   if (data_) ::UnmapViewOfFile(data_);
 }
 
+inline void MappedFile::check_unchanged() const {}  // Windows lets nobody truncate a mapped file
+
 inline void MappedFile::advise(Advice, std::size_t, std::size_t) const noexcept {}
 
 #else
