@@ -144,8 +144,12 @@ MINIATURE = {
 }
 
 
-def miniature(seed=1):
-    """A checkpoint whose rows are whole blocks of every quantised type: random BF16 weights of |w| < 1/8."""
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def miniature(seed=1, fp8=False):
+    """A checkpoint whose rows are whole blocks of every quantised type: random BF16 weights of |w| < 1/8, or the
+    projections as F8_E4M3 with a scale for every 128 x 128 values, as in the FP8 release."""
     c, rng = MINIATURE, random.Random(seed)
     H, I, V, K = c["hidden_size"], c["moe_intermediate_size"], c["vocab_size"], c["linear_conv_kernel_dim"]
     D, heads = c["head_dim"], c["num_attention_heads"]
@@ -171,14 +175,23 @@ def miniature(seed=1):
         shapes |= {prefix + name: shape for name, shape in layer.items()}
     high = bytes((0x3C, 0x3D, 0xBC, 0xBD)[i % 4] for i in range(256))  # signs and exponents
     header, data = {}, bytearray()
+
+    def add(name, dtype, shape, values):
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data.extend(values)
+
     for name, shape in shapes.items():
         n = 1
         for d in shape:
             n *= d
+        if fp8 and name.endswith(("_proj.weight", "qkvz.weight")):
+            grid = [-(-d // 128) for d in shape]
+            add(name, "F8_E4M3", shape, bytes(b & 0xBF for b in rng.randbytes(n)))  # |w| < 2, times 1/32
+            add(name + "_scale_inv", "BF16", grid, b"\x00\x3d" * (grid[0] * grid[1]))
+            continue
         values = bytearray(2 * n)
         values[0::2], values[1::2] = rng.randbytes(n), rng.randbytes(n).translate(high)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [len(data), len(data) + 2 * n]}
-        data += values
+        add(name, "BF16", shape, values)
     return Safetensors(header, data)
 
 

@@ -7,7 +7,7 @@ justifies (an address-space limit of 6 GiB), and no NaN that looks like a result
     tests/hostile/damage.py build/asan/qwen3next . --cases 600 --no-limit --seconds 60     # sanitizers need the addresses
     tests/hostile/damage.py build/release/qwen3next . --only 17 --keep /tmp/case           # one case, to look at
 
-The valid inputs: Hugging Face folders (golden checkpoints single and sharded, and a miniature made here) and GGUFs that
+The valid inputs: Hugging Face folders (golden checkpoints single and sharded, and a miniature made here, in BF16 and FP8) and GGUFs that
 `quantize` writes from the miniature, one of them split.  Each is first run undamaged.
 """
 
@@ -25,7 +25,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from containers import ARRAY, STRING, MINIATURE, Gguf, Safetensors, miniature, tokenizer_json
+from containers import ARRAY, FP8, MINIATURE, STRING, Gguf, Safetensors, miniature, tokenizer_json
 
 MESSAGES = json.dumps([{"role": "user", "content": "hello"}]).encode()
 HUGE = [0, 1, 2, 31, 255, 4097, 65535, 10**6, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**53, 2**62, 2**63 - 1,
@@ -440,16 +440,18 @@ class Inputs:
             shutil.copytree(golden / "model" / name, folder, ignore=shutil.ignore_patterns("expected*"))
             self.add_text(folder, golden, source, json.loads((folder / "config.json").read_text())["vocab_size"])
             self.folders[name] = folder
-        mini = work / "mini"
-        mini.mkdir()
-        (mini / "config.json").write_text(json.dumps(MINIATURE))
-        (mini / "model.safetensors").write_bytes(miniature().pack())
-        self.add_text(mini, golden, source, MINIATURE["vocab_size"])
-        self.folders["mini"] = mini
-        for kind in ("Q4_K_M", "Q8_0", "Q3_K_M", "F16"):
+        for name, fp8 in (("mini", False), ("fp8", True)):
+            folder = work / name
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(MINIATURE | ({"quantization_config": FP8} if fp8 else {})))
+            (folder / "model.safetensors").write_bytes(miniature(fp8=fp8).pack())
+            self.add_text(folder, golden, source, MINIATURE["vocab_size"])
+            self.folders[name] = folder
+        for kind in ("Q4_K_M", "Q8_0", "Q3_K_M", "F16", "Q4_0", "IQ4_NL", "MXFP4"):
             folder = work / kind
             folder.mkdir()
-            subprocess.run([program, "quantize", mini, folder / "model.gguf", "--type", kind, "--quiet"], check=True)
+            subprocess.run([program, "quantize", work / "mini", folder / "model.gguf", "--type", kind, "--quiet"],
+                           check=True)
             self.folders[kind] = folder
         split = work / "split"
         split.mkdir()
