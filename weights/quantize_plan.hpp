@@ -125,6 +125,9 @@ class QuantizePlanner {
         throw_error("tensor type pattern '", printable(pattern, 20), "' has ", pattern.size(),
                     " characters, expected at most 1000");
       }
+      if (longest_number(pattern) > 9) {  // std::regex adds its digits up in a long
+        throw_error("tensor type pattern '", printable(pattern), "' has a number of more than 9 digits");
+      }
       try {
         overrides_.push_back({pattern, std::regex(pattern), type, false});
       } catch (const std::regex_error& e) {
@@ -149,6 +152,12 @@ class QuantizePlanner {
   }
 
  private:
+  static std::size_t longest_number(std::string_view text) noexcept {
+    std::size_t longest = 0, digits = 0;
+    for (const char c : text) longest = std::max(longest, digits = c >= '0' && c <= '9' ? digits + 1 : 0);
+    return longest;
+  }
+
   struct Override {
     std::string pattern;
     std::regex regex;
