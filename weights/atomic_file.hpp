@@ -80,6 +80,10 @@ inline AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path
   if (path_.filename().empty() || std::filesystem::is_directory(path_, ignored)) {
     throw_error(display(path_), ": is a folder, expected the name of a file to write");
   }
+  // Renaming would put a file in the place of a device (/dev/null) or a pipe.
+  if (std::filesystem::exists(path_, ignored) && !std::filesystem::is_regular_file(path_, ignored)) {
+    throw_error(display(path_), ": is not a regular file; give the name of a file to write");
+  }
   std::random_device random;
   for (int attempt = 0; !file_; ++attempt) {
     temporary_ = path_;

@@ -2,6 +2,7 @@
 
 #ifdef __unix__
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <csignal>
 #endif
@@ -336,6 +337,15 @@ TEST_CASE("gguf writer: nothing is left behind unless it is finished") {
 }
 
 #ifdef __unix__
+#ifdef __unix__
+TEST_CASE("gguf writer: a device or a pipe is not replaced by a file") {
+  TempFolder folder;  // never a real device: as root, a failure of this test would replace it for everybody
+  REQUIRE(::mkfifo((folder / "pipe").c_str(), 0600) == 0);
+  CHECK(contains(error_of([&] { GgufWriter out(folder / "pipe"); }), "is not a regular file"));
+  CHECK(fs::is_fifo(folder / "pipe"));
+}
+#endif
+
 TEST_CASE("gguf writer: a disk that is full is an error, and the file goes away") {
   TempFolder folder;
   struct Limit {  // of file size, which the system reports like a full disk
