@@ -9,7 +9,7 @@
 
 namespace qwen3next {
 
-// Numbers of weights.  A head that is the embedding (tied) counts once.
+// Numbers of weights.  What serves twice counts once: a head that is the embedding, and what MTP shares with the model.
 struct ParameterCount {
   std::int64_t total = 0;    // all of them
   std::int64_t experts = 0;  // of these, the routed experts'
@@ -35,18 +35,23 @@ struct CountParameters {
 }  // namespace detail
 
 inline ParameterCount count_parameters(const Config& c, const ModelWeights<Views>& w) {
+  const auto size = detail::CountParameters::of;
   detail::CountParameters all, mtp;
   ModelWeights<NoWeights> nothing;
   zip(w, nothing, all);
+  std::int64_t shared = 0;  // of the MTP head with the model
   if (w.mtp) {
     MtpWeights<NoWeights> head;
     zip(*w.mtp, head, mtp);
+    if (w.mtp->embed_tokens.data == w.embed_tokens.data) shared += size(w.mtp->embed_tokens);
+    if (w.mtp->lm_head.data == w.lm_head.data) shared += size(w.mtp->lm_head);
+    if (w.mtp->norm.data == w.norm.data) shared += w.mtp->norm.size;
   }
-  const std::int64_t embedding = detail::CountParameters::of(w.embed_tokens);
+  const std::int64_t embedding = size(w.embed_tokens);
   ParameterCount count;
   count.experts = all.experts;
-  count.mtp = mtp.dense + mtp.experts;
-  count.total = all.dense + all.experts - (w.lm_head.data == w.embed_tokens.data ? embedding : 0);
+  count.mtp = mtp.dense + mtp.experts - shared;
+  count.total = all.dense + all.experts - shared - (w.lm_head.data == w.embed_tokens.data ? embedding : 0);
   count.active = all.dense - mtp.dense - embedding + c.hidden_size +
                  (all.experts - mtp.experts) / c.num_experts * c.num_experts_per_tok;
   return count;

@@ -33,9 +33,20 @@ TEST_CASE("parameters, in all and per token") {
   CHECK(count_parameters(c, w).total == n.total - 800);
   CHECK(count_parameters(c, w).active == n.active);
 
+  const float norms[2] = {};
+  w.norm.data = &norms[0];
   w.mtp.emplace().fc = matrix(8, 16);
+  w.mtp->norm = {&norms[0], 8, 1};  // all three are the model's
+  w.mtp->embed_tokens = w.embed_tokens;
+  w.mtp->lm_head = w.lm_head;
   w.mtp->layer.mlp.experts = w.layers[0].mlp.experts;
   CHECK(count_parameters(c, w).mtp == 8 * 16 + 4 * expert);
   CHECK(count_parameters(c, w).total == n.total - 800 + 8 * 16 + 4 * expert);
   CHECK(count_parameters(c, w).active == n.active);  // a plain pass does without it
+
+  const char own = 0;
+  w.mtp->lm_head = matrix(100, 8, &own);
+  w.mtp->norm.data = &norms[1];
+  CHECK(count_parameters(c, w).mtp == 8 * 16 + 4 * expert + 800 + 8);
+  CHECK(count_parameters(c, w).total == n.total - 800 + 8 * 16 + 4 * expert + 800 + 8);
 }
