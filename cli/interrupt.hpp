@@ -71,6 +71,9 @@ inline void catch_signals() {
   std::signal(SIGPIPE,
               SIG_DFL);  // whoever reads our output has had enough: end quietly, even if started with it ignored
 #endif
+#ifdef SIGXFSZ
+  std::signal(SIGXFSZ, SIG_IGN);  // a limit of file size is an error of the write, like a full disk
+#endif
 }
 
 }  // namespace qwen3next::cli

@@ -24,13 +24,14 @@ class Progress {
 
   void update(std::int64_t done, std::int64_t total) {
     const double now = seconds();
+    if (begun_ < 0) begun_ = done;  // what was there before has no rate
     // Nothing for work that is over at once; a log file wants few lines.
     if (!shown_ || now < next_) return;
     next_ = now + (terminal_ ? 0.1 : 10);
-    const double rate = static_cast<double>(done) / now;
+    const double rate = static_cast<double>(done - begun_) / now;
     std::string line = what_ + " " + amount(done) + " / " + amount(total);
     if (total > 0) line += format(" (%.0f %%)", 100. * static_cast<double>(done) / static_cast<double>(total));
-    if (done > 0) {
+    if (done > begun_) {
       line += unit_ == Unit::tokens ? ", " + rate_text(rate) + " t/s" : ", " + bytes_text(rate) + "/s";
       line += ", " + duration_text(static_cast<double>(total - done) / rate) + " left";
     }
@@ -58,6 +59,7 @@ class Progress {
   Unit unit_;
   bool shown_, terminal_;
   bool drawn_ = false;
+  std::int64_t begun_ = -1;
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   double next_ = is_terminal(stderr) ? 0.5 : 10;
 };

@@ -1,7 +1,8 @@
 #pragma once
 // Writing a file so that it is either complete under its name or not there at all.
 //
-// The only POSIX call is fsync, on Windows its equal; elsewhere the data is left to the system's own time.
+// The POSIX calls are those that make data durable (Windows has an equal) and that lock a file to go on with; elsewhere
+// the data is left to the system's own time, and every file is begun anew.
 
 #include <cerrno>
 #include <cstddef>
@@ -20,6 +21,8 @@
 #if defined(__unix__) || defined(__APPLE__)
 #define QWEN3NEXT_FSYNC 1
 #include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #else
 #define QWEN3NEXT_FSYNC 0
@@ -37,11 +40,20 @@ namespace qwen3next {
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path path);
+
+  // For work of hours: the temporary name is `path` + `suffix`, where a process that was killed, or a machine that lost
+  // power, leaves what was written.  The next one finds it: see kept().  Throws if another process writes it right now.
+  // `sync_bytes`, at least 1, are written between two syncs to the disk.
+  static AtomicFile resumable(std::filesystem::path path, std::string_view suffix, std::uint64_t sync_bytes);
+
   AtomicFile(AtomicFile&& other) noexcept
       : path_(std::move(other.path_)),
         temporary_(std::move(other.temporary_)),
         file_(std::exchange(other.file_, nullptr)),
-        written_(other.written_) {}
+        written_(other.written_),
+        kept_(other.kept_),
+        sync_bytes_(other.sync_bytes_),
+        unsynced_(other.unsynced_) {}
   AtomicFile& operator=(AtomicFile&&) = delete;
   ~AtomicFile() { abandon(); }
 
@@ -50,16 +62,26 @@ class AtomicFile {
   void write(std::span<const std::byte> bytes);
   void commit();
 
+  // How much of the file an earlier process left, sure to be on the disk: no more than the last `sync_bytes` are not.
+  // If any, read it and choose by go_on() where writing begins; what lies behind is dropped.
+  std::uint64_t kept() const noexcept { return kept_; }
+  void read(std::uint64_t offset, std::span<std::byte> bytes);
+  void go_on(std::uint64_t offset);
+
   const std::filesystem::path& path() const noexcept { return path_; }
   std::uint64_t written() const noexcept { return written_; }
 
  private:
+  AtomicFile() = default;
+  void expect_file_name() const;
+  void sync();
   [[noreturn]] void fail(std::string_view what, int code);
   void abandon() noexcept;
 
   std::filesystem::path path_, temporary_;
   std::FILE* file_ = nullptr;
-  std::uint64_t written_ = 0;
+  std::uint64_t written_ = 0, kept_ = 0;
+  std::uint64_t sync_bytes_ = 0, unsynced_ = 0;  // 0: synced at the end only
 };
 
 namespace detail {
@@ -75,7 +97,7 @@ inline std::FILE* create_exclusively(const std::filesystem::path& path) {
 
 }  // namespace detail
 
-inline AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
+inline void AtomicFile::expect_file_name() const {
   std::error_code ignored;
   if (path_.filename().empty() || std::filesystem::is_directory(path_, ignored)) {
     throw_error(display(path_), ": is a folder, expected the name of a file to write");
@@ -84,6 +106,10 @@ inline AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path
   if (std::filesystem::exists(path_, ignored) && !std::filesystem::is_regular_file(path_, ignored)) {
     throw_error(display(path_), ": is not a regular file; give the name of a file to write");
   }
+}
+
+inline AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
+  expect_file_name();
   std::random_device random;
   for (int attempt = 0; !file_; ++attempt) {
     temporary_ = path_;
@@ -92,6 +118,81 @@ inline AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path
     file_ = detail::create_exclusively(temporary_);
     if (!file_ && (errno != EEXIST || attempt == 8)) fail("create it", errno);
   }
+}
+
+inline AtomicFile AtomicFile::resumable(std::filesystem::path path, std::string_view suffix, std::uint64_t sync_bytes) {
+#if QWEN3NEXT_FSYNC
+  AtomicFile file;
+  file.path_ = std::move(path);
+  file.sync_bytes_ = sync_bytes;
+  file.expect_file_name();
+  std::filesystem::path name = file.path_;
+  name += suffix;
+  for (;;) {
+    const int fd = ::open(name.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (fd < 0) file.fail("create it", errno);
+    struct Closer {
+      int fd;
+      ~Closer() {
+        if (fd >= 0) ::close(fd);
+      }
+    } closer{fd};
+    if (::flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      throw_error(display(name), ": another process is writing it; wait for its end, or choose another name");
+    }
+    // Whoever had the lock before may have given the file its final name: then that is not ours to write.
+    struct ::stat opened {
+    }, named{};
+    if (::fstat(fd, &opened) != 0) file.fail("read its size", errno);
+    if (::stat(name.c_str(), &named) != 0 || named.st_ino != opened.st_ino || named.st_dev != opened.st_dev) continue;
+    file.file_ = ::fdopen(fd, "r+b");
+    if (!file.file_) file.fail("create it", errno);
+    closer.fd = -1;
+    file.temporary_ = std::move(name);
+    const auto size = static_cast<std::uint64_t>(opened.st_size);
+    file.kept_ = size > sync_bytes ? size - sync_bytes : 0;
+    if (file.kept_ == 0) file.go_on(0);
+    return file;
+  }
+#else
+  (void)suffix, (void)sync_bytes;
+  return AtomicFile(std::move(path));
+#endif
+}
+
+inline void AtomicFile::read(std::uint64_t offset, std::span<std::byte> bytes) {
+#if QWEN3NEXT_FSYNC
+  for (std::size_t done = 0; done < bytes.size();) {
+    const auto n =
+        ::pread(::fileno(file_), bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) fail("read what an earlier run left of it", n < 0 ? errno : EIO);
+    done += static_cast<std::size_t>(n);
+  }
+#else
+  (void)offset, (void)bytes;
+#endif
+}
+
+inline void AtomicFile::go_on(std::uint64_t offset) {
+#if QWEN3NEXT_FSYNC
+  if (::ftruncate(::fileno(file_), static_cast<off_t>(offset)) != 0)
+    fail("shorten what an earlier run left of it", errno);
+  if (::fseeko(file_, static_cast<off_t>(offset), SEEK_SET) != 0) fail("write it", errno);
+#endif
+  written_ = offset;
+  kept_ = 0;
+}
+
+inline void AtomicFile::sync() {
+  errno = 0;
+  if (std::fflush(file_) != 0) fail("write it", errno);
+#if QWEN3NEXT_FSYNC
+  if (::fsync(::fileno(file_)) != 0 && errno != EINVAL && errno != ENOTSUP) fail("write it", errno);
+#elif defined(_WIN32)
+  if (::_commit(::_fileno(file_)) != 0 && errno != EINVAL) fail("write it", errno);
+#endif
+  unsynced_ = 0;
 }
 
 inline void AtomicFile::expect_room(std::uint64_t bytes) const {
@@ -105,19 +206,20 @@ inline void AtomicFile::expect_room(std::uint64_t bytes) const {
 
 inline void AtomicFile::write(std::span<const std::byte> bytes) {
   if (bytes.empty()) return;
-  errno = 0;
-  if (std::fwrite(bytes.data(), 1, bytes.size(), file_) != bytes.size()) fail("write it", errno);
-  written_ += bytes.size();
+  for (std::span<const std::byte> left = bytes; !left.empty();) {
+    const std::uint64_t room = sync_bytes_ > 0 ? sync_bytes_ - unsynced_ : left.size();
+    const auto piece = left.first(room < left.size() ? static_cast<std::size_t>(room) : left.size());
+    errno = 0;
+    if (std::fwrite(piece.data(), 1, piece.size(), file_) != piece.size()) fail("write it", errno);
+    written_ += piece.size();
+    unsynced_ += piece.size();
+    if (unsynced_ == sync_bytes_) sync();
+    left = left.subspan(piece.size());
+  }
 }
 
 inline void AtomicFile::commit() {
-  errno = 0;
-  if (std::fflush(file_) != 0) fail("write it", errno);
-#if QWEN3NEXT_FSYNC
-  if (::fsync(::fileno(file_)) != 0 && errno != EINVAL && errno != ENOTSUP) fail("write it", errno);
-#elif defined(_WIN32)
-  if (::_commit(::_fileno(file_)) != 0 && errno != EINVAL) fail("write it", errno);
-#endif
+  sync();
   if (std::fclose(std::exchange(file_, nullptr)) != 0) {
     const int code = errno;
     std::error_code ignored;

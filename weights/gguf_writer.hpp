@@ -1,6 +1,7 @@
 #pragma once
 // Writes a GGUF file as a stream: metadata and tensor list first, then the data in the same order, a piece at a time.
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -36,6 +37,7 @@ class GgufWriter {
   static constexpr std::uint64_t data_alignment = 4096;  // of the first
 
   explicit GgufWriter(std::filesystem::path path) : file_(std::move(path)) {}
+  explicit GgufWriter(AtomicFile file) : file_(std::move(file)) {}
 
   // Metadata.  Setting a key again replaces its value.
   void set_u16(std::string_view key, std::uint16_t value) { set(key, GgufType::u16, bytes_of(value)); }
@@ -74,6 +76,13 @@ class GgufWriter {
   void write(std::span<const std::byte> bytes);
   void finish();
 
+  // Of a resumable file, once begun: how much of it is there already, under this very header; 0 if nothing.  If there
+  // is, go_on() must say where writing begins: at `position` bytes of a tensor.
+  std::uint64_t kept() const noexcept { return file_.kept(); }
+  std::uint64_t offset(std::size_t tensor, std::uint64_t position) const;  // in the file
+  bool holds(std::size_t tensor, std::uint64_t position, std::span<const std::byte> bytes);
+  void go_on(std::size_t tensor, std::uint64_t position);
+
   std::uint64_t size() const noexcept { return size_; }  // of the finished file, once begun
   std::uint64_t written() const noexcept { return file_.written(); }
   const std::filesystem::path& path() const noexcept { return file_.path(); }
@@ -86,6 +95,7 @@ class GgufWriter {
     Shape shape;
     DType type;
     std::uint64_t bytes;
+    std::uint64_t offset = 0;  // in the file, once begun
   };
 
   template <class T>
@@ -139,7 +149,7 @@ inline void GgufWriter::add_tensor(std::string name, const Shape& shape, DType t
   }
   const auto bytes =
       static_cast<std::uint64_t>(*n / info(type).elements) * static_cast<std::uint64_t>(info(type).bytes);
-  tensors_.push_back({std::move(name), shape, type, bytes});
+  tensors_.push_back({std::move(name), shape, type, bytes, 0});
 }
 
 inline std::string GgufWriter::header() const {
@@ -161,14 +171,40 @@ inline void GgufWriter::begin() {
   set_string(padding_key, std::string(static_cast<std::size_t>(padding(header().size(), data_alignment)), ' '));
   const std::string head = header();
   size_ = head.size();
-  for (const Tensor& tensor : tensors_) size_ += tensor.bytes + padding(tensor.bytes);
-  file_.expect_room(size_);
-  file_.write(std::as_bytes(std::span(head)));
+  for (Tensor& tensor : tensors_) {
+    tensor.offset = size_;
+    size_ += tensor.bytes + padding(tensor.bytes);
+  }
   begun_ = true;
+  file_.expect_room(size_ - std::min(size_, file_.kept()));
+  if (file_.kept() > 0) {
+    std::string found(file_.kept() < head.size() ? 0 : head.size(), '\0');
+    file_.read(0, std::as_writable_bytes(std::span(found)));
+    if (found == head) return;
+    file_.go_on(0);  // of another model, or of other types
+  }
+  file_.write(std::as_bytes(std::span(head)));
+}
+
+inline std::uint64_t GgufWriter::offset(std::size_t tensor, std::uint64_t position) const {
+  return tensor < tensors_.size() ? tensors_[tensor].offset + position : size_;
+}
+
+inline bool GgufWriter::holds(std::size_t tensor, std::uint64_t position, std::span<const std::byte> bytes) {
+  if (offset(tensor, position) + bytes.size() > file_.kept()) return false;
+  std::vector<std::byte> found(bytes.size());
+  file_.read(offset(tensor, position), found);
+  return std::ranges::equal(found, bytes);
+}
+
+inline void GgufWriter::go_on(std::size_t tensor, std::uint64_t position) {
+  file_.go_on(offset(tensor, position));
+  current_ = tensor;
+  position_ = position;
 }
 
 inline void GgufWriter::write(std::span<const std::byte> bytes) {
-  if (!begun_) throw_error(display(path()), ": data before the tensor list");
+  if (!begun_ || kept() > 0) throw_error(display(path()), ": data before the tensor list, or before go_on()");
   while (!bytes.empty()) {
     if (current_ == tensors_.size()) throw_error(display(path()), ": more data than the tensors have");
     const Tensor& tensor = tensors_[current_];

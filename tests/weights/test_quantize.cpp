@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -263,12 +264,150 @@ TEST_CASE("the mixture gives bits to what needs them") {
          {"blk.48.ffn_up_exps.weight", q5_k},
          {"blk.48.nextn.eh_proj.weight", q6_k}});
 
+  // Every mixture keeps the experts' slices aligned, and makes of the 80B what `quantize --help` says, in GiB.
+  const std::map<std::string_view, double> sizes{{"BF16", 151.6},  {"Q8_0", 80.6},   {"Q6_K", 62.3},
+                                                 {"Q5_K_M", 54.0}, {"Q4_K_M", 46.3}, {"IQ4_NL", 43.6},
+                                                 {"Q4_0", 43.3},   {"MXFP4", 41.9},  {"Q3_K_M", 36.6}};
+  for (const Mix& mix : mixes) {
+    CAPTURE(mix.name);
+    std::uint64_t at = 0;
+    double total = 0;
+    for (const PlannedTensor& t : plan_quantization(c, w, mix, {}).tensors) {
+      if (t.shape.rank == 3) {
+        CHECK(at % GgufWriter::data_alignment == 0);
+        CHECK(t.bytes() / 2 % GgufWriter::data_alignment == 0);
+      }
+      at += t.bytes() + (GgufWriter::alignment - t.bytes() % GgufWriter::alignment) % GgufWriter::alignment;
+      const bool per_expert = t.shape.rank == 3 || t.name.ends_with("ffn_gate_inp.weight");
+      total += static_cast<double>(t.bytes()) * (per_expert ? 512 / 2 : 1);
+    }
+    if (const auto size = sizes.find(mix.name); size != sizes.end()) {
+      CHECK(total / 0x1p30 == doctest::Approx(size->second).epsilon(0.001));
+    }
+  }
+
   c.tie_word_embeddings = true;
   const QuantizePlan tied = plan_quantization(c, w, find_mix("Q4_K_M"), {});
   CHECK(tied.tensors.size() == 843 + 20 - 1);
   const auto embedding = std::ranges::find(tied.tensors, "token_embd.weight", &PlannedTensor::name);
   CHECK(embedding->type == DType::q6_k);
 }
+
+TEST_CASE("a split source gives the same file") {
+  const TempFolder folder;
+  quantize(Checkpoint::open(golden_model("release")), folder / "whole.gguf", {.type = "BF16"});
+  const Checkpoint whole = Checkpoint::open(folder / "whole.gguf");
+  const std::size_t half = whole.records.size() / 2, all = whole.records.size();
+  for (const int part : {0, 1}) {
+    GgufWriter out(folder / (part == 0 ? "part-00001-of-00002.gguf" : "part-00002-of-00002.gguf"));
+    if (part == 0) {
+      for (const GgufKv& kv : whole.metadata.all()) out.copy(kv);
+    }
+    out.set_u16("split.no", static_cast<std::uint16_t>(part));
+    out.set_u16("split.count", 2);
+    out.set_i32("split.tensors.count", static_cast<std::int32_t>(all));
+    const auto records = std::span(whole.records).subspan(part == 0 ? 0 : half, part == 0 ? half : all - half);
+    for (const TensorRecord& r : records) out.add_tensor(r.name, r.shape, *r.type);
+    out.begin();
+    for (const TensorRecord& r : records) out.write({r.data, static_cast<std::size_t>(r.bytes)});
+    out.finish();
+  }
+  const Checkpoint parts = Checkpoint::open(folder / "part-00001-of-00002.gguf");
+  CHECK(parts.files.size() == 2);
+  for (const char* type : {"Q8_0", "Q4_K_M", "MXFP4"}) {
+    quantize(whole, folder / "a.gguf", {.type = type, .threads = 1, .overwrite = true});
+    quantize(parts, folder / "b.gguf", {.type = type, .threads = 3, .overwrite = true});
+    CHECK(read_text(folder / "a.gguf") == read_text(folder / "b.gguf"));
+  }
+}
+
+#ifdef __unix__
+// A run that was killed when about `bytes` were written: what it leaves is what lies there at that moment.
+std::string killed_run(const Checkpoint& in, const fs::path& out, const QuantizeOptions& options, std::uint64_t bytes) {
+  fs::path part = out;
+  part += quantize_suffix;
+  std::string left;
+  CHECK_THROWS_AS(quantize(in, out, options,
+                           [&](const QuantizeProgress& p) {
+                             if (p.bytes_written < bytes) return true;
+                             left = read_text(part);
+                             return false;
+                           }),
+                  Cancelled);
+  CHECK(!fs::exists(part));
+  return left;
+}
+
+TEST_CASE("what a killed run left is gone on with, and the result is the same") {
+  const TempFolder folder;
+  const fs::path tiny = fs::path(QWEN3NEXT_SOURCE_DIR) / "weights/tiny/qwen3next-tiny.gguf", out = folder / "out.gguf";
+  const fs::path part = folder / ("out.gguf" + std::string(quantize_suffix));
+  const Checkpoint in = Checkpoint::open(tiny);
+  const std::uint64_t MiB = 1 << 20;
+  const QuantizeOptions options{.type = "BF16", .sync_bytes = MiB};
+  const QuantizeSummary straight = quantize(in, out, options);
+  CHECK(straight.resumed_bytes == 0);
+  const std::string expected = read_text(out);
+  const std::uint64_t data = Checkpoint::open(out).records.front().offset;
+  REQUIRE(expected.size() > 100 * MiB);
+  fs::remove(out);
+
+  const std::string left = killed_run(in, out, options, 60 * MiB);
+  CHECK(left.size() > 60 * MiB);
+  const auto go_on = [&](const std::string& from, const QuantizeOptions& with) {
+    write_text(part, from);
+    std::uint64_t first = 0;
+    const QuantizeSummary summary = quantize(in, out, with, [&](const QuantizeProgress& p) {
+      if (first == 0) first = p.bytes_read;
+      return true;
+    });
+    if (summary.resumed_bytes > 0) CHECK(first == summary.bytes_skipped);
+    CHECK(files_in(folder.path()) == 1);
+    if (with.type == "BF16") CHECK(read_text(out) == expected);
+    fs::remove(out);
+    return summary.resumed_bytes;
+  };
+  const std::uint64_t resumed = go_on(left, options);
+  CHECK(resumed > 40 * MiB);
+  CHECK(resumed < left.size());
+  CHECK(go_on(expected, options) > 90 * MiB);  // killed just before the end
+
+  // Only what is surely the same job, and surely on the disk.
+  CHECK(go_on(left.substr(0, 40 * MiB), options) < 40 * MiB);
+  CHECK(go_on(left, {.type = "BF16"}) == 0);  // its last 256 MiB may not be
+  CHECK(go_on(left, {.type = "BF16", .threads = 1, .sync_bytes = MiB}) == resumed);
+  CHECK(go_on(left, {.type = "Q8_0", .sync_bytes = MiB}) == 0);  // other types
+  CHECK(go_on(left.substr(0, 2 * MiB), options) == 0);           // less than a batch
+  CHECK(go_on("not a GGUF", options) == 0);
+  std::string damaged = left;
+  for (std::size_t i = data; i < data + 16; ++i) damaged[i] = '?';  // another source: the first row tells
+  CHECK(go_on(damaged, options) == 0);
+}
+
+TEST_CASE("two runs do not write one file, and a source that shrinks is noticed") {
+  const TempFolder folder;
+  fs::copy(golden_model("release"), folder / "model");
+  const Checkpoint in = Checkpoint::open(folder / "model");
+  const fs::path out = folder / "out.gguf";
+  std::string second;
+  quantize(in, out, {.type = "BF16"}, [&](const QuantizeProgress&) {
+    if (second.empty()) second = error_of([&] { quantize(in, out, {.type = "Q8_0"}); });
+    return true;
+  });
+  CHECK(contains(second, "out.gguf.quantize.part: another process is writing it"));
+  CHECK(Checkpoint::open(out).metadata.get<std::int64_t>("general.file_type") == 32);
+
+  const std::string shrunk = error_of([&] {
+    quantize(in, folder / "short.gguf", {.type = "BF16"}, [&](const QuantizeProgress&) {
+      fs::resize_file(folder / "model/model.safetensors", 4096);
+      return true;
+    });
+  });
+  CHECK(contains(shrunk, "model.safetensors: had"));
+  CHECK(contains(shrunk, "now has 4096"));
+  CHECK(files_in(folder.path()) == 2);
+}
+#endif
 
 TEST_CASE("threads do not show in the output") {
   const TempFolder folder;
