@@ -75,15 +75,15 @@ struct Inspection {
   Checkpoint checkpoint;
   KvType kv;
   std::int64_t context;
-  TextSide text;
-  ParameterCount parameters;
-  std::vector<TensorGroup> groups;  // by role, then in the order of the files
-  std::map<Role, Sum> roles;
-  std::map<std::string_view, Sum> types;    // by the container's spelling
-  std::map<std::string, CopyGroup> copies;  // why -> how much
-  MemoryPlan memory;                        // at `context`
-  Traffic first_token, last_token;          // of a decoded token: after nothing, and at the end of `context`
-  std::vector<std::string> problems;        // in words, with what to do
+  TextSide text{};
+  ParameterCount parameters{};
+  std::vector<TensorGroup> groups{};  // by role, then in the order of the files
+  std::map<Role, Sum> roles{};
+  std::map<std::string_view, Sum> types{};    // by the container's spelling
+  std::map<std::string, CopyGroup> copies{};  // why -> how much
+  MemoryPlan memory{};                        // at `context`
+  Traffic first_token{}, last_token{};        // of a decoded token: after nothing, and at the end of `context`
+  std::vector<std::string> problems{};        // in words, with what to do
 
   std::string_view format() const { return checkpoint.format == Format::gguf ? "GGUF" : "Hugging Face"; }
   double share(std::uint64_t bytes) const {

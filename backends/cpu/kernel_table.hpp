@@ -49,6 +49,7 @@ struct Kernels {
   void (*make_operand)(int kind, const std::byte* row, int n, std::byte* operand) noexcept;
   using RowProduct = void (*)(const std::byte* const* w, int rows, int n, const std::byte* operand, float* y) noexcept;
   RowProduct row_product[dtype_count];  // null for float types
+  std::uint32_t quantised_types;        // bit i: DType i has products (pointers can't be asked under sanitizers)
   // Prefill.
   std::size_t (*strip_bytes)(int n) noexcept;
   std::size_t (*panel_bytes)(int n, int T) noexcept;

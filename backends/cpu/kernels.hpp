@@ -35,6 +35,7 @@ namespace QWEN3NEXT_KERNEL_UNIT {
 template <class Type>
 constexpr void use(Kernels& k, DType type) {
   const auto i = static_cast<std::size_t>(type);
+  k.quantised_types |= 1u << i;
   k.row_product[i] = row_product<Type>;
   k.pack_strip[i] = pack_strip<Type>;
   k.strip_product[i] = strip_product<FormOf<Type>>;
@@ -110,7 +111,7 @@ inline constexpr Kernels table = make_table();
 static_assert(
     [] {
       for (const DTypeInfo& i : dtype_table) {
-        if (i.quantised && !table.row_product[static_cast<std::size_t>(i.type)]) return false;
+        if (i.quantised && !(table.quantised_types >> static_cast<int>(i.type) & 1u)) return false;
       }
       return true;
     }(),
