@@ -48,7 +48,7 @@ project add_subdirectory > "$work/folder/CMakeLists.txt"
 
 # Every command of the table answers --help; `run` as shown tells a story with the bundled model.
 model="$source/weights/tiny/qwen3next-tiny.gguf"
-for command in $(grep -oE '^\| `[a-z]+' "$source/README.md" | tr -d '|` '); do
+for command in $(sed -n '/^| command/,/^$/p' "$source/README.md" | grep -oE '^\| `[a-z]+' | tr -d '|` '); do
   "$program" "$command" --help > "$work/help" || fail "$command --help"
   grep -q -i 'example' "$work/help" || fail "$command --help shows no example"
 done

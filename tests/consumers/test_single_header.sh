@@ -16,7 +16,9 @@ cp "$header" "$work/include"
 cp "$source"/examples/consumers/single_header/*.cpp "$work"
 cd "$work"
 model=$source/weights/tiny/qwen3next-tiny.gguf
-expected="Once upon a time$("$program" run "$model" -p "Once upon a time" -n 60 --temp 0 --quiet)"
+# Words that are no near tie on any machine: sums are rounded differently by each.
+beginning="Once upon a time, a little fox"
+expected="$beginning$("$program" run "$model" -p "$beginning" -n 60 --temp 0 --quiet)"
 [ ${#expected} -gt 150 ] || fail "the program's own story is short: $expected"
 warnings="-Wall -Wextra -Wconversion -Wshadow -Werror"
 
@@ -78,7 +80,7 @@ isas=$(grep "^//   $machine " include/qwen3next.hpp | cut -c 4-)
 last=$(awk '{ isa = $2 } END { print isa }' <<< "$isas")
 linked=()
 while read -r _ isa flags; do
-  tokens() { g++ -std=c++20 -E -P -DQWEN3NEXT_ISA="$isa" $flags "$@" | grep -v '^#pragma'; }
+  tokens() { g++ -std=c++20 -E -P -DQWEN3NEXT_ISA="$isa" $flags "$@" | grep -v '^#pragma' | grep '[^ ]'; }
   cmp <(tokens -x c++ include/qwen3next.hpp) <(tokens -I "$source" "$source/backends/cpu/kernels_isa.cpp") ||
     fail "the header's kernels for $isa are not those of the build"
   [ "$isa" = "$last" ] || linked+=("$(find "$objects/CMakeFiles/qwen3next_kernels_$isa.dir" -name '*.o')")

@@ -11,9 +11,10 @@ int main(int argc, char** argv) try {
   auto options = session.default_options();
   options.max_tokens = 60;
   options.sampling.temperature = 0;  // always the most probable token
-  std::cout << "Once upon a time";
+  const std::string_view beginning = "Once upon a time, a little fox";
+  std::cout << beginning;
   session.generate(
-      "Once upon a time", [](std::string_view piece) { return bool(std::cout << piece << std::flush); }, options);
+      beginning, [](std::string_view piece) { return bool(std::cout << piece << std::flush); }, options);
   std::cout << "\n";
 } catch (const qwen3next::Error& e) {
   std::cerr << e.what() << "\n";

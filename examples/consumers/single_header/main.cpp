@@ -11,7 +11,7 @@ int main(int argc, char** argv) try {
   const auto model = qwen3next::Model::open(argv[1]);
   std::cerr << model.backend_description() << "\n";
   auto session = model.session({.context = 2048});
-  tell_story(session, "Once upon a time", 60);
+  tell_story(session, "Once upon a time, a little fox", 60);
 } catch (const qwen3next::Error& e) {
   std::cerr << e.what() << "\n";
   return 1;
