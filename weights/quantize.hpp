@@ -474,7 +474,10 @@ QWEN3NEXT_INLINE QuantizeSummary quantize(const Checkpoint& in, const std::files
   const auto start = std::chrono::steady_clock::now();
   const auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
   const Mix& mix = find_mix(options.type);
-  if (options.threads < 0) throw_error("threads is ", options.threads, ", expected 0 (all) or more");
+  const int all = std::max(1, static_cast<int>(std::thread::hardware_concurrency())), most = std::max(all, 256);
+  if (options.threads < 0 || options.threads > most) {
+    throw_error("threads is ", options.threads, ", expected 0 (all) to ", most);
+  }
   detail::expect_new_file(in, out, options.overwrite);
   QuantizePlan plan = plan_quantization(in.config, in.weights, mix, options.tensor_types);
 
@@ -496,8 +499,7 @@ QWEN3NEXT_INLINE QuantizeSummary quantize(const Checkpoint& in, const std::files
     if (progress && !progress(state)) throw Cancelled();
   };
 
-  const int threads =
-      options.threads > 0 ? options.threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  const int threads = options.threads > 0 ? options.threads : all;
   const detail::Encoder encoder(in, plan, options);
   detail::Batches batches(plan);
   detail::Batch working, ready, coming;

@@ -340,6 +340,7 @@ check "the text of the folder that it was made of" cmp -s out greedy
 try 0 inspect q.gguf
 try 2 quantize toy q2.gguf --tensor-type ffn
 try 1 quantize toy q2.gguf --tensor-type '(=Q8_0'
+try 1 quantize toy q2.gguf --threads 1000000
 what="quantize that failed" check "no file left" bash -c '! ls q2.gguf* *.part 2> /dev/null'
 
 # --- the bundled model -------------------------------------------------------------------------------------------------------------
