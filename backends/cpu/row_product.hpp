@@ -31,13 +31,13 @@ inline void quantize(const float* x, int n, std::byte* row) noexcept {
     d[b] = amax / 127;
     const F inverse(amax > 0 ? 127 / amax : 0);
     for (int part = 0; part < 2; ++part) {
-      std::int32_t total = 0;
+      std::uint32_t total = 0;
       for (int i = 16 * part; i < 16 * part + 16; i += lanes) {
         const I rounded = round_to_ints(load(x + i) * inverse);
         total += sum(rounded);
         store_bytes(q + i, rounded);
       }
-      s[2 * b + part] = d[b] * static_cast<float>(total);
+      s[2 * b + part] = d[b] * static_cast<float>(static_cast<std::int32_t>(total));
     }
   }
 }

@@ -107,14 +107,18 @@ QWEN3NEXT_FORCE_INLINE float maximum(F v) noexcept {
   return x[0];
 #endif
 }
-QWEN3NEXT_FORCE_INLINE std::int32_t sum(I v) noexcept {
+// Modulo 2^32: what is not a number became the lowest integer.
+QWEN3NEXT_FORCE_INLINE std::uint32_t sum(I v) noexcept {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32(v);
+  const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+  return static_cast<std::uint32_t>(_mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1))));
 #else
   alignas(64) std::int32_t x[lanes];
   v.store_aligned(x);
-  std::int32_t total = 0;
-  for (int i = 0; i < lanes; ++i) total += x[i];
+  std::uint32_t total = 0;
+  for (int i = 0; i < lanes; ++i) total += static_cast<std::uint32_t>(x[i]);
   return total;
 #endif
 }
