@@ -26,8 +26,8 @@ QWEN3NEXT_FORCE_INLINE void delta_rows(float* S, int Dk, const float* q, const f
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const F s = load_some(S + r * Dk + i, m);
-      sk[r] = xsimd::fma(s, ki, sk[r]);
-      sq[r] = xsimd::fma(s, qi, sq[r]);
+      sk[r] = mul_add(s, ki, sk[r]);
+      sq[r] = mul_add(s, qi, sq[r]);
     }
   });
   F delta[R];
@@ -42,7 +42,7 @@ QWEN3NEXT_FORCE_INLINE void delta_rows(float* S, int Dk, const float* q, const f
     const F ki = load_some(k + i, m);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
-      store_some(S + r * Dk + i, xsimd::fma(delta[r], ki, a * load_some(S + r * Dk + i, m)), m);
+      store_some(S + r * Dk + i, mul_add(delta[r], ki, a * load_some(S + r * Dk + i, m)), m);
   });
 }
 
@@ -53,7 +53,7 @@ inline void delta_recurrent(const Kernels::DeltaHead& h) noexcept {
     const float decay = ::expf(h.g[t * h.gate_stride]), beta = h.beta[t * h.gate_stride];
     float* out = h.out + t * h.out_stride;
     F kq_sum(0.0f);
-    for_lanes(h.Dk, [&](int i, int m) { kq_sum = xsimd::fma(load_some(k + i, m), load_some(q + i, m), kq_sum); });
+    for_lanes(h.Dk, [&](int i, int m) { kq_sum = mul_add(load_some(k + i, m), load_some(q + i, m), kq_sum); });
     const float kq = sum(kq_sum);
     int r = 0;
     for (; r + 4 <= h.Dv; r += 4)
@@ -121,7 +121,7 @@ inline void delta_chunk(const Kernels::DeltaHead& h, int t0, int C, float* scrat
     const float* v = h.v + (t0 + i) * h.v_stride;
     const F b(beta[i]), a(-from_start[i]);
     for_lanes(Dv, [&](int j, int m) {
-      store_some(V + i * Dv + j, b * xsimd::fma(a, load_some(KS + i * Dv + j, m), load_some(v + j, m)), m);
+      store_some(V + i * Dv + j, b * mul_add(a, load_some(KS + i * Dv + j, m), load_some(v + j, m)), m);
     });
   }
 

@@ -12,7 +12,7 @@ QWEN3NEXT_FORCE_INLINE float sum_of_squares(const float* x, int n) noexcept {
   F total(0.0f);
   for_lanes(n, [&](int i, int m) {
     const F v = load_some(x + i, m);
-    total = xsimd::fma(v, v, total);
+    total = mul_add(v, v, total);
   });
   return sum(total);
 }
@@ -53,7 +53,7 @@ inline void sigmoid_gate(float* x, const float* gate, int n) noexcept {
 inline void add(float* x, const float* y, float scale, int n) noexcept {
   const F factor(scale);
   for_lanes(n,
-            [&](int i, int m) { store_some(x + i, xsimd::fma(factor, load_some(y + i, m), load_some(x + i, m)), m); });
+            [&](int i, int m) { store_some(x + i, mul_add(factor, load_some(y + i, m), load_some(x + i, m)), m); });
 }
 
 inline void scale_row(float* x, float scale, int n) noexcept {
@@ -134,7 +134,7 @@ inline void causal_conv1d(float* out, std::ptrdiff_t out_stride, const float* x,
     };
     for (int t = 0; t < T; ++t) {
       F total(0.0f);
-      for (int j = 0; j < K; ++j) total = xsimd::fma(load(column[j]), input(t - K + 1 + j), total);
+      for (int j = 0; j < K; ++j) total = mul_add(load(column[j]), input(t - K + 1 + j), total);
       store_some(out + t * out_stride + c, total * sigmoid(total), m);
     }
     for (int j = 0; j < K - 1; ++j) store_some(past + j * past_stride + c, input(T - K + 1 + j), m);

@@ -85,12 +85,12 @@ void f8_product_rows(const std::byte* const* w, const std::byte* const* factors,
     for (; i + lanes <= end; i += lanes) {
       const F xi = load(x + i);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[r] = xsimd::fma(load_f8(w[r] + i) * factor[r], xi, acc[r]);
+      for (int r = 0; r < R; ++r) acc[r] = mul_add(load_f8(w[r] + i) * factor[r], xi, acc[r]);
     }
     if (i < end) {
       const F xi = load_part(x + i, end - i);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[r] = xsimd::fma(load_f8_part(w[r] + i, end - i) * factor[r], xi, acc[r]);
+      for (int r = 0; r < R; ++r) acc[r] = mul_add(load_f8_part(w[r] + i, end - i) * factor[r], xi, acc[r]);
     }
   }
 #pragma GCC unroll 16

@@ -35,7 +35,7 @@ void product_tile(const std::byte* const* w, const float* x, std::ptrdiff_t x_st
     for (int t = 0; t < T; ++t) {
       const F xt = load_x(t);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[t][r] = xsimd::fma(row[r], xt, acc[t][r]);
+      for (int r = 0; r < R; ++r) acc[t][r] = mul_add(row[r], xt, acc[t][r]);
     }
   };
   int i = 0;
@@ -111,7 +111,7 @@ void sum_tile(float scale, float* c, std::ptrdiff_t c_stride, const float* a, st
     for (int m = 0; m < M; ++m) {
       const F factor(a[m * am]);
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[m][v] = xsimd::fma(factor, row[v], acc[m][v]);
+      for (int v = 0; v < V; ++v) acc[m][v] = mul_add(factor, row[v], acc[m][v]);
     }
   }
 #pragma GCC unroll 16

@@ -123,8 +123,8 @@ struct Dot32 {
   F first = F(0.0f), second = F(0.0f);  // braces would be a list of lanes
 
   QWEN3NEXT_FORCE_INLINE void add(const std::int8_t* w, const std::int8_t* x, float low, float high) noexcept {
-    first = xsimd::fma(to_floats(I(dot16(w, x))), F(low), first);
-    second = xsimd::fma(to_floats(I(dot16(w + 16, x + 16))), F(high), second);
+    first = mul_add(to_floats(I(dot16(w, x))), F(low), first);
+    second = mul_add(to_floats(I(dot16(w + 16, x + 16))), F(high), second);
   }
   QWEN3NEXT_FORCE_INLINE float total() const noexcept { return sum(first + second); }
 #else

@@ -66,6 +66,17 @@ QWEN3NEXT_FORCE_INLINE I as_ints(F v) noexcept { return __builtin_bit_cast(I, v)
 QWEN3NEXT_FORCE_INLINE F as_floats(I v) noexcept { return __builtin_bit_cast(F, v); }
 QWEN3NEXT_FORCE_INLINE F to_floats(I v) noexcept { return xsimd::to_float(v); }
 
+// a b + c.  xsimd has fused instructions for AVX2 alone; elsewhere version 8 multiplies, then adds.
+QWEN3NEXT_FORCE_INLINE F mul_add(F a, F b, F c) noexcept {
+#if defined(__AVX512F__)
+  return F(_mm512_fmadd_ps(a, b, c));
+#elif defined(__aarch64__)
+  return F(vfmaq_f32(c, a, b));
+#else
+  return xsimd::fma(a, b, c);
+#endif
+}
+
 // To nearest, ties to even, for |v| < 2^22.
 QWEN3NEXT_FORCE_INLINE I round_to_ints(F v) noexcept {
 #if defined(__AVX512F__)
@@ -235,18 +246,18 @@ QWEN3NEXT_FORCE_INLINE F exp(F x) noexcept {
   const F low(-87.3f);
   const F clamped = xsimd::min(xsimd::max(x, low), F(88.3f));
   const F magic(12582912.0f);
-  const F shifted = xsimd::fma(clamped, F(1.44269504f), magic);
+  const F shifted = mul_add(clamped, F(1.44269504f), magic);
   const F n = shifted - magic;
-  F r = xsimd::fma(n, F(-0.693359375f), clamped);
-  r = xsimd::fma(n, F(2.12194440e-4f), r);
+  F r = mul_add(n, F(-0.693359375f), clamped);
+  r = mul_add(n, F(2.12194440e-4f), r);
   F p(1.0f / 5040);
-  p = xsimd::fma(p, r, F(1.0f / 720));
-  p = xsimd::fma(p, r, F(1.0f / 120));
-  p = xsimd::fma(p, r, F(1.0f / 24));
-  p = xsimd::fma(p, r, F(1.0f / 6));
-  p = xsimd::fma(p, r, F(0.5f));
-  p = xsimd::fma(p, r, F(1.0f));
-  p = xsimd::fma(p, r, F(1.0f));
+  p = mul_add(p, r, F(1.0f / 720));
+  p = mul_add(p, r, F(1.0f / 120));
+  p = mul_add(p, r, F(1.0f / 24));
+  p = mul_add(p, r, F(1.0f / 6));
+  p = mul_add(p, r, F(0.5f));
+  p = mul_add(p, r, F(1.0f));
+  p = mul_add(p, r, F(1.0f));
   const F scaled = as_floats(as_ints(p) + (as_ints(shifted) << 23));
   return xsimd::select(x < low, F(0.0f), scaled);
 }

@@ -162,15 +162,15 @@ void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel,
                               load(reinterpret_cast<const std::int32_t*>(strip + Form::group * lanes + vector)), sums);
       const F scale = load(reinterpret_cast<const float*>(strip + Form::group * lanes));
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) acc[t] = xsimd::fma(to_floats(sums[t]), scale * F(peek<float>(d + 4 * t)), acc[t]);
+      for (int t = 0; t < T; ++t) acc[t] = mul_add(to_floats(sums[t]), scale * F(peek<float>(d + 4 * t)), acc[t]);
       if constexpr (Form::has_min) {
         const F min = load(reinterpret_cast<const float*>(strip + Form::group * lanes + 2 * vector));
 #pragma GCC unroll 16
         for (int t = 0; t < T; ++t) {
           if constexpr (Form::group == 32)
-            acc[t] = xsimd::fma(min, F(peek<float>(s + 4 * t)), acc[t]);
+            acc[t] = mul_add(min, F(peek<float>(s + 4 * t)), acc[t]);
           else
-            acc[t] = xsimd::fma(min, F(peek<float>(d + 4 * t)) * sum16<T>(x + deep * t), acc[t]);
+            acc[t] = mul_add(min, F(peek<float>(d + 4 * t)) * sum16<T>(x + deep * t), acc[t]);
         }
       }
       strip += Form::group * lanes + (Form::has_min ? 3 : 2) * vector;
