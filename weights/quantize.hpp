@@ -112,6 +112,7 @@ QuantizeSummary quantize(const Checkpoint& in, const std::filesystem::path& out,
 
 #include "blocks/codec.hpp"
 #include "core/message.hpp"
+#include "core/threads.hpp"
 #include "text/load.hpp"
 #include "weights/checkpoint.hpp"
 #include "weights/gguf_config.hpp"
@@ -443,18 +444,6 @@ inline std::size_t batches_kept(const QuantizePlan& plan, const Encoder& encoder
   return n;
 }
 
-// A mapping cannot say that its file was cut short since: reading the lost pages is a bus error.
-inline void expect_whole_source(const Checkpoint& in) {
-  for (const MappedFile& file : in.files) {
-    std::error_code error;
-    const std::uintmax_t size = std::filesystem::file_size(file.path(), error);
-    if (error || size < file.size()) {
-      throw_error(file.name(), ": had ", file.size(), " bytes when it was opened and now ",
-                  error ? "cannot be found" : concat("has ", size), "; leave the source alone until the end");
-    }
-  }
-}
-
 inline void expect_new_file(const Checkpoint& in, const std::filesystem::path& out, bool overwrite) {
   std::error_code ignored;
   if (!std::filesystem::exists(out, ignored)) return;
@@ -474,10 +463,7 @@ QWEN3NEXT_INLINE QuantizeSummary quantize(const Checkpoint& in, const std::files
   const auto start = std::chrono::steady_clock::now();
   const auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
   const Mix& mix = find_mix(options.type);
-  const int all = std::max(1, static_cast<int>(std::thread::hardware_concurrency())), most = std::max(all, 256);
-  if (options.threads < 0 || options.threads > most) {
-    throw_error("threads is ", options.threads, ", expected 0 (all) to ", most);
-  }
+  const int threads = resolve_threads(options.threads, static_cast<int>(std::thread::hardware_concurrency()));
   detail::expect_new_file(in, out, options.overwrite);
   QuantizePlan plan = plan_quantization(in.config, in.weights, mix, options.tensor_types);
 
@@ -499,7 +485,6 @@ QWEN3NEXT_INLINE QuantizeSummary quantize(const Checkpoint& in, const std::files
     if (progress && !progress(state)) throw Cancelled();
   };
 
-  const int threads = options.threads > 0 ? options.threads : all;
   const detail::Encoder encoder(in, plan, options);
   detail::Batches batches(plan);
   detail::Batch working, ready, coming;
@@ -518,7 +503,7 @@ QWEN3NEXT_INLINE QuantizeSummary quantize(const Checkpoint& in, const std::files
     report();
   }
   while (more) {
-    detail::expect_whole_source(in);
+    for (const MappedFile& file : in.files) file.check_unchanged();
     more = batches.next(coming);
     encoder.advise(coming, MappedFile::Advice::will_need);
     // This thread writes first, then helps.

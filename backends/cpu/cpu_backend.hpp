@@ -22,6 +22,7 @@
 #include "backends/host_tensor.hpp"
 #include "blocks/weight_view.hpp"
 #include "core/error.hpp"
+#include "core/threads.hpp"
 
 namespace qwen3next {
 
@@ -38,11 +39,7 @@ inline CpuOptions resolve_cpu_options(const std::string& isa, int threads) {
 #else
   const int all = 1;
 #endif
-  const int most = std::max(all, 256);  // OpenMP ends the program when it cannot have as many as asked for
-  if (threads < 0 || threads > most) {
-    throw Error("threads is " + std::to_string(threads) + ", expected 0 (all) to " + std::to_string(most));
-  }
-  return {&cpu::choose_kernels(isa), threads > 0 ? threads : all, KvType::f16};
+  return {&cpu::choose_kernels(isa), resolve_threads(threads, all), KvType::f16};
 }
 
 class CpuBackend {
