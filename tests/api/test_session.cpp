@@ -17,11 +17,18 @@ using namespace qwen3next;
 namespace {
 std::atomic<bool> counting{false};
 std::atomic<int> allocations{0};
+#if defined(_WIN32)  // which has no std::aligned_alloc
+void* allocate_aligned(std::size_t size, std::size_t alignment) { return ::_aligned_malloc(size, alignment); }
+void free_aligned(void* p) { ::_aligned_free(p); }
+#else
+void* allocate_aligned(std::size_t size, std::size_t alignment) {
+  return std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
+}
+void free_aligned(void* p) { std::free(p); }
+#endif
 void* counted(std::size_t size, std::size_t alignment) {
   if (counting) ++allocations;
-  void* p = alignment > alignof(std::max_align_t)
-                ? std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment)
-                : std::malloc(size ? size : 1);
+  void* p = alignment > 0 ? allocate_aligned(size, alignment) : std::malloc(size ? size : 1);
   if (!p) throw std::bad_alloc();
   return p;
 }
@@ -31,8 +38,8 @@ void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return co
 void* operator new(std::size_t size, std::align_val_t a) { return counted(size, static_cast<std::size_t>(a)); }
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { free_aligned(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { free_aligned(p); }
 
 namespace {
 
