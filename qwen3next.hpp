@@ -75,7 +75,7 @@ struct Options {
 struct SessionOptions {
   std::int64_t context = 0;    // most tokens it may hold; 0: as many as the model was made for.  Memory grows as needed
   std::optional<KvType> kv{};  // KV cache type; nothing: f16 on cpu, f32 on reference
-  int batch = 512;             // most tokens that go through the layers at a time: more is faster and takes more memory
+  int batch = 2048;            // most tokens that go through the layers at a time: more is faster and takes more memory
 };
 
 class Session;

@@ -13,16 +13,20 @@
 
 namespace qwen3next {
 
-// Zeroed bytes on a cache line boundary; a value: copying copies the bytes.
+// Bytes on a cache line boundary, zeroed; a value: copying copies the bytes.
 class AlignedBytes {
  public:
   static constexpr std::size_t alignment = 64;
+  // For what is written before it is read: of a large piece, only what is used takes memory.
+  struct Uncleared {};
+
   AlignedBytes() = default;
-  explicit AlignedBytes(std::size_t size)
-      : data_(static_cast<std::byte*>(::operator new (size, std::align_val_t{alignment}))), size_(size) {
-    std::memset(data_.get(), 0, size);
+  explicit AlignedBytes(std::size_t size) : AlignedBytes(size, Uncleared()) {
+    if (size > 0) std::memset(data_.get(), 0, size);
   }
-  AlignedBytes(const AlignedBytes& other) : AlignedBytes(other.size_) {
+  AlignedBytes(std::size_t size, Uncleared)
+      : data_(static_cast<std::byte*>(::operator new (size, std::align_val_t{alignment}))), size_(size) {}
+  AlignedBytes(const AlignedBytes& other) : AlignedBytes(other.size_, Uncleared()) {
     if (size_ > 0) std::memcpy(data_.get(), other.data_.get(), size_);
   }
   AlignedBytes(AlignedBytes&&) noexcept = default;

@@ -116,7 +116,7 @@ class Bench {
   }
 
   Result prefill(const Snapshot& from) {
-    const std::int64_t n = o_.prefill, depth = from.position(), batch = SessionOptions{}.batch;
+    const std::int64_t n = o_.prefill, depth = from.position(), batch = o_.model.batch;
     double bytes = 0;
     for (std::int64_t done = 0; done < n; done += batch)
       bytes += traffic(std::min(batch, n - done), static_cast<double>(depth + done));
@@ -217,10 +217,10 @@ void add_bench(CLI::App& app) {
       "qwen3next bench model.gguf -p 512 -n 128 -d 0,32768 --json\n\n"
       "Tokens are random, from a fixed seed; a file needs no tokenizer for this.  bytes_per_token counts what must be\n"
       "moved at least: every weight that serves all tokens, the routed experts of each token, the KV cache up to\n"
-      "that depth, the DeltaNet states twice.  In prefill the weights are counted once per 512 tokens, and as many\n"
-      "experts as uniform routing would touch: E (1 - (1 - k/E)^512).  % of roof is tokens/s times bytes_per_token\n"
-      "over the read bandwidth, measured on the spot with all processors; prefill computes more than it reads, so\n"
-      "there it is low.");
+      "that depth, the DeltaNet states twice.  In prefill the weights are counted once per batch of tokens, and as\n"
+      "many experts as uniform routing would touch: E (1 - (1 - k/E)^batch).  % of roof is tokens/s times\n"
+      "bytes_per_token over the read bandwidth, measured on the spot with all processors; prefill computes more\n"
+      "than it reads, so there it is low.");
   command.callback([o] { bench(*o); });
 }
 

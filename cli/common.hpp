@@ -37,6 +37,7 @@ struct ModelOptions {
   double yarn = 0;
   std::string memory = "auto", gpu_memory, mtp = "auto";
   std::int64_t context = 0;
+  int batch = SessionOptions{}.batch;
   std::string kv;
   bool verbose = false;
 };
@@ -81,6 +82,10 @@ inline void add_session_options(CLI::App& command, ModelOptions& o) {
       ->option_text("N")
       ->check(CLI::PositiveNumber)
       ->group("Computing");
+  command.add_option("--batch", o.batch, "Most prompt tokens read at a time: more is faster and takes more memory")
+      ->option_text("N [" + std::to_string(o.batch) + "]")
+      ->check(CLI::Range(1, 1 << 20))
+      ->group("Computing");
   command.add_option("--kv", o.kv, "Type of the KV cache: f16, f32 or q8_0 [f16; reference: f32]")
       ->option_text("TYPE")
       ->check(CLI::IsMember({"f16", "f32", "q8_0"}))
@@ -104,7 +109,9 @@ inline double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-inline SessionOptions session_options(const ModelOptions& o) { return {.context = o.context, .kv = kv_type(o.kv)}; }
+inline SessionOptions session_options(const ModelOptions& o) {
+  return {.context = o.context, .kv = kv_type(o.kv), .batch = o.batch};
+}
 
 // Options that mean something in other builds are refused here, rather than ignored.
 inline Model open_model(const ModelOptions& o) {

@@ -218,7 +218,7 @@ class Report {
     }
     line("KV cache", bytes(m.kv_cache), "grows with the text up to this");
     line("DeltaNet states", bytes(m.delta_state), "whatever the length");
-    line("scratch", bytes(m.scratch), "activations of one step");
+    line("scratch", bytes(m.scratch), "activations of the longest step");
     line("a session", bytes(m.session()), "KV cache, states and scratch");
   }
 

@@ -90,7 +90,8 @@ class BackendTimeline final : public Timeline {
     }
   }
 
-  // The tokens in pieces of at most a_.max_rows.
+  // The tokens in as few pieces as a_.max_rows allows, of about equal size: a short one costs nearly as much as a long
+  // one.
   struct Steps {
     std::span<const std::int32_t> tokens;
     std::size_t size;
@@ -106,7 +107,10 @@ class BackendTimeline final : public Timeline {
     Iterator begin() const { return {this, 0}; }
     std::nullptr_t end() const { return nullptr; }
   };
-  Steps steps(std::span<const std::int32_t> tokens) const { return {tokens, static_cast<std::size_t>(a_.max_rows)}; }
+  Steps steps(std::span<const std::int32_t> tokens) const {
+    const auto most = static_cast<std::size_t>(a_.max_rows), pieces = (tokens.size() + most - 1) / most;
+    return {tokens, (tokens.size() + pieces - 1) / pieces};
+  }
 
   int step_forward(std::span<const std::int32_t> tokens) {
     const int T = static_cast<int>(tokens.size());

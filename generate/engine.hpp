@@ -26,7 +26,7 @@ struct EngineOptions {
 
 struct TimelineOptions {
   std::optional<KvType> kv{};  // nothing: f16 on cpu, f32 on reference
-  int batch = 512;             // most tokens that go through the layers at a time
+  int batch = 2048;            // most tokens that go through the layers at a time
 };
 
 // The CPU kernels that this program holds and this machine can run, by name, best first: values of Options::isa.

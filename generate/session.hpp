@@ -47,7 +47,9 @@ QWEN3NEXT_INLINE MemoryPlan Model::plan(const SessionOptions& options) const {
 
 QWEN3NEXT_INLINE Session Model::session(const SessionOptions& options) const {
   const std::int64_t context = checked_context(options.context);
-  return Session(*this, context, shared_->engine->timeline({options.kv, options.batch}));
+  return Session(
+      *this, context,
+      shared_->engine->timeline({options.kv, static_cast<int>(std::min<std::int64_t>(options.batch, context))}));
 }
 
 QWEN3NEXT_INLINE const Tokenizer& Model::tokenizer() const {

@@ -16,7 +16,7 @@ struct MemoryPlan {
   std::uint64_t weights_copied = 0;  // small tensors that can't be used in place
   std::uint64_t kv_cache = 0;        // at the full context; grows with the text
   std::uint64_t delta_state = 0;     // DeltaNet states and convolution windows, independent of the length
-  std::uint64_t scratch = 0;         // activations of one step
+  std::uint64_t scratch = 0;         // activations of the longest step; shorter ones take less
   // What a session allocates in the end.
   std::uint64_t session() const noexcept { return kv_cache + delta_state + scratch; }
 };
@@ -33,12 +33,16 @@ inline MemoryPlan plan_session(const Config& c, KvType kv, std::int64_t context,
   plan.delta_state = delta_layers * sizeof(float) *
                      (u(c.linear_num_value_heads) * u(c.linear_key_head_dim) * u(c.linear_value_head_dim) +
                       u(c.linear_conv_kernel_dim - 1) * u(c.conv_dim()));
-  // As model/state.hpp's Activations.
+  // As model/state.hpp's Activations, and inside of the backend: the hidden values of the experts, as floats and
+  // quantised, and a quantised copy of an operation's input.
+  const std::uint64_t inside =
+      2 * u(c.num_experts_per_tok) * u(c.moe_intermediate_size) + std::max(u(c.attention_dim()), u(c.value_dim()));
   const std::uint64_t row = 4 * u(c.hidden_size) + 2 * u(c.rotary_pairs()) + 3 * u(c.attention_dim()) +
                             2 * u(c.kv_dim()) + 2 * u(c.conv_dim()) + 2 * u(c.value_dim()) +
                             4 * u(c.linear_num_value_heads) + u(c.num_experts) + 2 * u(c.num_experts_per_tok) +
                             2 * u(c.shared_expert_intermediate_size) + 1 + (c.has_mtp ? 2 * u(c.hidden_size) : 0);
-  plan.scratch = sizeof(float) * (u(batch) * row + u(std::min(batch, 16)) * u(c.vocab_size));
+  const std::uint64_t rows = std::min(u(batch), u(context));
+  plan.scratch = sizeof(float) * (rows * (row + inside) + std::min<std::uint64_t>(rows, 16) * u(c.vocab_size));
   return plan;
 }
 

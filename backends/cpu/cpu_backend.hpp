@@ -57,7 +57,8 @@ class CpuBackend {
 
   Tensor tensor(int rows, int cols) {
     const int stride = (cols + 15) / 16 * 16;  // rows on cache lines
-    memory_.emplace_back(sizeof(float) * static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride));
+    memory_.emplace_back(sizeof(float) * static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride),
+                         AlignedBytes::Uncleared());
     return {memory_.back().floats(), rows, cols, stride};
   }
   Routing routing(int rows, int k) { return {rows, k}; }

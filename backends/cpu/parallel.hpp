@@ -69,7 +69,7 @@ class Scratch {
   std::byte* get(std::size_t bytes) {
     if (memory_.size() < bytes) {
       memory_ = AlignedBytes();
-      memory_ = AlignedBytes(bytes + bytes / 4);
+      memory_ = AlignedBytes(bytes + bytes / 4, AlignedBytes::Uncleared());
     }
     return memory_.data();
   }

@@ -167,6 +167,21 @@ TEST_CASE("a cancelled prefill keeps what was done") {
   CHECK(std::vector<float>(a.begin(), a.end()) == std::vector<float>(b.begin(), b.end()));
 }
 
+TEST_CASE("a prompt is read in as few steps as the batch allows, of equal size; the plan counts the longest") {
+  Session session = model().session({.context = 512, .batch = 48});
+  std::vector<std::int64_t> steps;
+  session.prefill(std::vector<std::int32_t>(100, 300), [&](std::int64_t done, std::int64_t) {
+    steps.push_back(done);
+    return true;
+  });
+  CHECK(steps == std::vector<std::int64_t>{34, 68, 100});
+  const auto scratch = [](std::int64_t context, int batch) {
+    return model().plan({.context = context, .batch = batch}).scratch;
+  };
+  CHECK(scratch(512, 512) - scratch(512, 256) == 256 * (scratch(512, 33) - scratch(512, 32)));  // so much a token
+  CHECK(scratch(512, 4096) == scratch(512, 512));  // no step is longer than the context
+}
+
 TEST_CASE("the context is a limit with a message") {
   Session session = model().session({.context = 8});
   CHECK_THROWS_WITH_AS(session.prefill(std::vector<std::int32_t>(9, 1)), doctest::Contains("context"), Error);
