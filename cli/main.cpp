@@ -84,6 +84,7 @@ int run_program(int argc, char** argv) {
   app.set_version_flag("--version", "qwen3next " QWEN3NEXT_VERSION, "Print the version");
   app.set_help_flag("-h,--help", "Print this help; qwen3next COMMAND --help explains a command");
   app.require_subcommand(1);
+  app.allow_windows_style_options(false);  // a path may begin with '/' on Windows, too
   app.footer(
       "MODEL is a GGUF file (the first, if split) or a Hugging Face folder.\n"
       "\nExamples:\n"

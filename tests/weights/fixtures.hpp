@@ -42,9 +42,16 @@ class TempFolder {
   TempFolder& operator=(const TempFolder&) = delete;
   fs::path operator/(const std::string& name) const { return path_ / name; }
   const fs::path& path() const { return path_; }
+  // A folder in it that nobody has used: on Windows a file that is mapped can't be written again.
+  fs::path fresh() const {
+    const fs::path folder = path_ / std::to_string(++used_);
+    fs::create_directory(folder);
+    return folder;
+  }
 
  private:
   fs::path path_;
+  mutable int used_ = 0;
 };
 
 inline void write_text(const fs::path& path, const std::string& text) {

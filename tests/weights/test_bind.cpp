@@ -14,12 +14,14 @@ using namespace qwen3next::test;
 namespace {
 
 Checkpoint open_hf(const TempFolder& folder, const Config& c, const Tensors& tensors, DType type = DType::f32) {
-  write_hf(folder / "hf", c, tensors, type);
-  return Checkpoint::open(folder / "hf");
+  const fs::path path = folder.fresh() / "hf";
+  write_hf(path, c, tensors, type);
+  return Checkpoint::open(path);
 }
 Checkpoint open_gguf(const TempFolder& folder, const Config& c, const Tensors& tensors, DType type = DType::f32) {
-  write_gguf(folder / "m.gguf", c, tensors, type);
-  return Checkpoint::open(folder / "m.gguf");
+  const fs::path path = folder.fresh() / "m.gguf";
+  write_gguf(path, c, tensors, type);
+  return Checkpoint::open(path);
 }
 
 std::vector<float> rows(const Tensor& t, const std::vector<int>& which) { return rows_of(t, which).values; }
@@ -148,8 +150,10 @@ TEST_CASE("bind: what is in place and what is copied") {
   }
   std::string text = header.dump();
   text += std::string((5 - (text.size() + 8) % 4) % 4, ' ');
-  write_text(folder / "hf/model.safetensors", safetensors_text(text, data));
-  const Checkpoint unaligned = Checkpoint::open(folder / "hf");
+  const fs::path hf = folder.fresh() / "hf";
+  write_hf(hf, c, t);
+  write_text(hf / "model.safetensors", safetensors_text(text, data));
+  const Checkpoint unaligned = Checkpoint::open(hf);
   std::size_t shifted = 0;
   for (const VectorCopy& copy : unaligned.copies) shifted += copy.why == "not aligned in the file";
   CHECK(shifted == 9);
@@ -163,9 +167,7 @@ TEST_CASE("bind: views survive a move of the checkpoint") {
   const auto before = all_values(a.weights);
   const Checkpoint b = std::move(a);
   std::vector<Checkpoint> many;
-  many.push_back(Checkpoint::open(folder / "hf"));
-  many.push_back(Checkpoint::open(folder / "hf"));
-  many.push_back(Checkpoint::open(folder / "hf"));
+  for (int i = 0; i < 3; ++i) many.push_back(open_hf(folder, c, t, DType::f16));
   CHECK(all_values(b.weights) == before);
   CHECK(all_values(many[0].weights) == before);
 }

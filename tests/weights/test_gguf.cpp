@@ -263,11 +263,13 @@ TEST_CASE("gguf: split files") {
   CHECK(contains(error_of(open), "m-00002-of-00003.gguf: missing"));
   write_text(folder / "m-00002-of-00003.gguf", part(1, 3, 2, true));
   write_text(folder / "m-00003-of-00003.gguf", part(2, 3, 2, true));
-  const Gguf gguf = open();
-  REQUIRE(gguf.records.size() == 2);
-  CHECK(gguf.files.size() == 3);
-  CHECK(gguf.records[1].file == 2);
-  CHECK(static_cast<char>(*gguf.records[1].data) == '2');
+  {
+    const Gguf gguf = open();
+    REQUIRE(gguf.records.size() == 2);
+    CHECK(gguf.files.size() == 3);
+    CHECK(gguf.records[1].file == 2);
+    CHECK(static_cast<char>(*gguf.records[1].data) == '2');
+  }
   CHECK(contains(error_of([&] { open("m-00002-of-00003.gguf"); }), "give the first part, "));
   write_text(folder / "x.gguf", part(0, 3, 2, false));
   CHECK(contains(error_of([&] { open("x.gguf"); }), "its name should end in '-00001-of-00003.gguf'"));

@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <cstring>
+#include <optional>
 
 #include "tests/weights/fixtures.hpp"
 #include "weights/safetensors.hpp"
@@ -11,11 +12,12 @@ using namespace qwen3next::test;
 namespace {
 
 std::vector<TensorRecord> read(const fs::path& path, const std::string& text) {
+  static std::optional<MappedFile> kept;  // the records point into it
+  kept.reset();                           // Windows would not let a mapped file be written
   write_text(path, text);
-  static std::vector<MappedFile> kept;  // the records point into it
-  kept.push_back(MappedFile::open(path));
+  kept.emplace(MappedFile::open(path));
   std::vector<TensorRecord> records;
-  read_safetensors(kept.back(), 0, records);
+  read_safetensors(*kept, 0, records);
   return records;
 }
 
