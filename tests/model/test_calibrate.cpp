@@ -4,9 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -18,6 +16,7 @@
 #include "tests/support/backends.hpp"
 #include "tests/support/golden.hpp"
 #include "tests/support/run_model.hpp"
+#include "tests/support/temp_folder.hpp"
 #include "weights/quantize.hpp"
 
 using namespace qwen3next;
@@ -187,10 +186,8 @@ TEST_CASE("calibration can be cancelled in the middle of a batch, and refuses wh
 }
 
 TEST_CASE("calibrated weights err less where it matters") {
-  namespace fs = std::filesystem;
-  const fs::path folder = fs::temp_directory_path() / ("qwen3next-calibrate-" + std::to_string(std::random_device()()));
-  fs::create_directories(folder);
-  const Checkpoint in = Checkpoint::open(fs::path(QWEN3NEXT_SOURCE_DIR) / "weights/tiny/qwen3next-tiny.gguf");
+  const test::TempFolder folder;
+  const Checkpoint in = Checkpoint::open(QWEN3NEXT_SOURCE_DIR "/weights/tiny/qwen3next-tiny.gguf");
   std::vector<std::int32_t> tokens;
   for (int i = 0; i < 400; ++i) tokens.push_back((i * i + 7 * i) % 8000);
   const ActivationStatistics statistics = calibrate(in, tokens, {.window = 100});
@@ -233,5 +230,4 @@ TEST_CASE("calibrated weights err less where it matters") {
   const Checkpoint other = Checkpoint::open(folder / "plain.gguf");
   CHECK_THROWS_WITH_AS(quantize(other, folder / "x.gguf", {.type = "Q8_0", .calibration = options.calibration}),
                        doctest::Contains("no part in the calibration"), Error);
-  fs::remove_all(folder);
 }

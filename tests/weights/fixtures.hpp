@@ -8,7 +8,6 @@
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <random>
 #include <span>
 #include <string>
 #include <utility>
@@ -18,6 +17,7 @@
 #include "blocks/weight_view.hpp"
 #include "model/config.hpp"
 #include "model/weights.hpp"
+#include "tests/support/temp_folder.hpp"
 #include "weights/gguf_config.hpp"
 #include "weights/gguf_writer.hpp"
 
@@ -25,34 +25,6 @@ namespace qwen3next::test {
 
 namespace fs = std::filesystem;
 using json = nlohmann::ordered_json;
-
-// A folder that goes away with the test.
-class TempFolder {
- public:
-  TempFolder() {
-    std::random_device random;
-    path_ = fs::temp_directory_path() / ("qwen3next-test-" + std::to_string(random()) + std::to_string(random()));
-    fs::create_directories(path_);
-  }
-  ~TempFolder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  TempFolder(const TempFolder&) = delete;
-  TempFolder& operator=(const TempFolder&) = delete;
-  fs::path operator/(const std::string& name) const { return path_ / name; }
-  const fs::path& path() const { return path_; }
-  // A folder in it that nobody has used: on Windows a file that is mapped can't be written again.
-  fs::path fresh() const {
-    const fs::path folder = path_ / std::to_string(++used_);
-    fs::create_directory(folder);
-    return folder;
-  }
-
- private:
-  fs::path path_;
-  mutable int used_ = 0;
-};
 
 inline void write_text(const fs::path& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary);
