@@ -22,17 +22,19 @@ class Attention {
                   std::span<const Segment<HostKvCache>> segments) {
     append(k, team, keys, values, shape, segments);
     plan(shape, segments);
-    const int D = shape.head_dim, group = shape.heads / shape.kv_heads;
-    rows_ = static_cast<std::size_t>(std::max(group, max_rows));
-    const std::size_t row = static_cast<std::size_t>(D) * sizeof(float);
-    spaces_ = space_scratch_.pieces(static_cast<std::size_t>(team.size()),
-                                    rows_ * (2 * row + (block + 3) * sizeof(float)) + block * row);
-    // Of each split: for each row l, m, then o [D].
-    partial_ = partial_scratch_.pieces(partials_, rows_ * (row + 2 * sizeof(float)));
+    const int D = shape.head_dim;
+    std::size_t floats = 0;
     std::int64_t positions = 0;
-    for (const Work& w : work_) positions += (w.last - w.first) * block * w.count;
+    for (const Work& w : work_) {
+      const DType type = stored_type(segments[static_cast<std::size_t>(w.segment)].state->type());
+      floats = std::max(floats, k.attention_space(w.rows(), D, block, type));
+      positions += (w.last - w.first) * block * w.rows();
+    }
+    spaces_ = space_scratch_.pieces(static_cast<std::size_t>(team.size()), floats * sizeof(float));
+    // Of each split: for each row l, m, then o [D].
+    partial_ = partial_scratch_.pieces(partials_, max_rows * (static_cast<std::size_t>(D) + 2) * sizeof(float));
     const auto pieces = static_cast<int>(work_.size());
-    team.each(pieces, 2 * positions * group * D / std::max(1, pieces), [&](int i, int thread) {
+    team.each(pieces, 2 * positions * D / std::max(1, pieces), [&](int i, int thread) {
       piece(k, out, q, shape, segments, work_[static_cast<std::size_t>(i)], spaces_[thread]);
     });
     if (partials_ > 0) merge(k, team, out, shape, segments);
@@ -45,12 +47,18 @@ class Attention {
   static constexpr int split_blocks = 8;  // into pieces of at least 2048 positions,
   static constexpr int max_splits = 64;   // and at most 64 of them
 
-  // Tokens [token, token + count) of a segment against blocks [first, last) for one KV head.
+  // Tokens [token, token + count) of a segment and query heads [head, head + heads), which share a KV head, against
+  // blocks [first, last).
   struct Work {
-    int segment, kv_head, token, count;
+    int segment, kv_head, head, heads, token, count;
     std::int64_t first, last;
     int partial;  // -1: the whole context, straight to `out`
     int splits;   // of the same rows: this one and those after it, 0 unless the first
+    int rows() const noexcept { return count * heads; }
+    // Row r is a token and a head of it: where that is in q and in out.
+    float* of(const HostTensor& x, int begin, int r, int D) const noexcept {
+      return x.row(begin + token + r / heads) + (head + r % heads) * D;
+    }
   };
 
   static void append(const Kernels& k, const Team& team, const HostTensor& keys, const HostTensor& values,
@@ -75,11 +83,11 @@ class Attention {
   void plan(AttentionShape shape, std::span<const Segment<HostKvCache>> segments) {
     work_.clear();
     partials_ = 0;
-    const int tile = std::max(1, max_rows / (shape.heads / shape.kv_heads));
+    const int group = shape.heads / shape.kv_heads, heads = std::min(group, max_rows), tile = max_rows / heads;
     for (int i = 0; i < static_cast<int>(segments.size()); ++i) {
       const auto& s = segments[static_cast<std::size_t>(i)];
       const std::int64_t past = s.state->length() - s.count;
-      for (int head = 0; head < shape.kv_heads; ++head) {
+      for (int head = 0; head < shape.heads; head += std::min(heads, group - head % group)) {
         for (int t = 0; t < s.count; t += tile) {
           const int count = std::min(tile, s.count - t);
           const std::int64_t blocks = (past + t + count + block - 1) / block;
@@ -88,8 +96,9 @@ class Attention {
             length = std::max<std::int64_t>(split_blocks, (blocks + max_splits - 1) / max_splits);
           const int splits = static_cast<int>((blocks + length - 1) / length);
           for (int p = 0; p < splits; ++p) {
-            work_.push_back({i, head, t, count, p * length, std::min((p + 1) * length, blocks),
-                             splits == 1 ? -1 : static_cast<int>(partials_), p == 0 ? splits : 0});
+            work_.push_back({i, head / group, head, std::min(heads, group - head % group), t, count, p * length,
+                             std::min((p + 1) * length, blocks), splits == 1 ? -1 : static_cast<int>(partials_),
+                             p == 0 ? splits : 0});
             if (splits > 1) ++partials_;
           }
         }
@@ -101,83 +110,55 @@ class Attention {
              std::span<const Segment<HostKvCache>> segments, const Work& w, std::byte* space) const noexcept {
     const auto& segment = segments[static_cast<std::size_t>(w.segment)];
     const HostKvCache& cache = *segment.state;
-    const int D = shape.head_dim, group = shape.heads / shape.kv_heads, rows = w.count * group;
+    const int D = shape.head_dim, rows = w.rows();
     const std::int64_t past = cache.length() - segment.count;
-    const DType type = stored_type(cache.type());
-
-    auto* floats = reinterpret_cast<float*>(space);
-    float* query = floats;                                           // [rows, D]
-    float* sum = query + rows_ * static_cast<std::size_t>(D);        // [rows, D]
-    float* expanded = sum + rows_ * static_cast<std::size_t>(D);     // [block, D] of a q8_0 cache
-    float* scores = expanded + block * static_cast<std::size_t>(D);  // [rows, block]
-    float *total = scores + rows_ * block, *top = total + rows_, *shrink = top + rows_;
-    std::int32_t visible[4096];
-    for (int r = 0; r < rows; ++r) {
-      std::copy_n(q.row(segment.begin + w.token + r / group) + (w.kv_head * group + r % group) * D, D, query + r * D);
-      std::fill_n(sum + r * D, D, 0.0f);
-      total[r] = 0;
-      top[r] = -1e30f;
-    }
-    const float scale = 1 / std::sqrt(static_cast<float>(D));
-    const std::byte* pointers[block];
+    Kernels::AttentionRows a{};
+    a.queries = rows;
+    a.D = D;
+    const float* query[max_rows];
+    for (int r = 0; r < rows; ++r) query[r] = w.of(q, segment.begin, r, D);
+    k.attention_start(a, reinterpret_cast<float*>(space), block, query);
     for (std::int64_t b = w.first; b < w.last; ++b) {
       const std::int64_t start = b * block;
       const int n = static_cast<int>(std::min<std::int64_t>(block, past + w.token + w.count - start));
-      for (int r = 0; r < rows; ++r)
-        visible[r] = static_cast<std::int32_t>(std::clamp<std::int64_t>(past + w.token + r / group + 1 - start, 0, n));
-      const Plane keys = plane(k, type, cache.keys(b, w.kv_head), cache.row_bytes(), n, D, expanded);
-      for (int p = 0; p < n; ++p) pointers[p] = keys.data + p * keys.stride;
-      k.float_product[index(keys.type)](pointers, n, query, D, rows, D, scores, block);
-      k.online_softmax(scores, block, rows, visible, n, scale, top, total, shrink);
       for (int r = 0; r < rows; ++r) {
-        if (shrink[r] != 1) k.scale_row(sum + r * D, shrink[r], D);
+        a.visible[r] =
+            static_cast<std::int32_t>(std::clamp<std::int64_t>(past + w.token + r / w.heads + 1 - start, 0, n));
       }
-      const Plane values = plane(k, type, cache.values(b, w.kv_head), cache.row_bytes(), n, D, expanded);
-      k.weighted_sum[index(values.type)](1, sum, D, rows, D, scores, block, 1, values.data, values.stride, n);
+      k.attention_block(
+          a, {stored_type(cache.type()), n, cache.keys(b, w.kv_head), cache.values(b, w.kv_head),
+              static_cast<std::ptrdiff_t>(cache.row_bytes()), b + 1 < w.last ? cache.keys(b + 1, w.kv_head) : nullptr});
     }
     if (w.partial < 0) {
       for (int r = 0; r < rows; ++r) {
-        k.scale_row(sum + r * D, 1 / total[r], D);
-        std::copy_n(sum + r * D, D, out.row(segment.begin + w.token + r / group) + (w.kv_head * group + r % group) * D);
+        k.scale_row(a.sum + r * D, 1 / a.total[r], D);
+        std::copy_n(a.sum + r * D, D, w.of(out, segment.begin, r, D));
       }
     } else {
       auto* partial = reinterpret_cast<float*>(partial_[w.partial]);
       for (int r = 0; r < rows; ++r, partial += D + 2) {
-        partial[0] = total[r];
-        partial[1] = top[r];
-        std::copy_n(sum + r * D, D, partial + 2);
+        partial[0] = a.total[r];
+        partial[1] = a.top[r];
+        std::copy_n(a.sum + r * D, D, partial + 2);
       }
     }
   }
 
-  struct Plane {
-    DType type;
-    const std::byte* data;
-    std::ptrdiff_t stride;
-  };
-  // n rows of the cache as something that products read: q8_0 is expanded.
-  static Plane plane(const Kernels& k, DType type, const std::byte* data, std::size_t stride, int n, int D,
-                     float* expanded) noexcept {
-    if (type != DType::q8_0) return {type, data, static_cast<std::ptrdiff_t>(stride)};
-    for (int p = 0; p < n; ++p) k.dequantize(type, data + static_cast<std::size_t>(p) * stride, D, expanded + p * D);
-    return {DType::f32, reinterpret_cast<const std::byte*>(expanded), D * static_cast<std::ptrdiff_t>(sizeof(float))};
-  }
-
   void merge(const Kernels& k, const Team& team, const HostTensor& out, AttentionShape shape,
              std::span<const Segment<HostKvCache>> segments) const {
-    const int D = shape.head_dim, group = shape.heads / shape.kv_heads;
+    const int D = shape.head_dim;
     team.each(static_cast<int>(work_.size()), std::int64_t{max_splits} * D, [&](int i, int) {
       const Work& w = work_[static_cast<std::size_t>(i)];
       if (w.splits < 2) return;
       const auto& segment = segments[static_cast<std::size_t>(w.segment)];
-      for (int r = 0; r < w.count * group; ++r) {
+      for (int r = 0; r < w.rows(); ++r) {
         auto part = [&](int p) { return reinterpret_cast<const float*>(partial_[w.partial + p]) + r * (D + 2); };
         float top = part(0)[1], total = 0;
         for (int p = 1; p < w.splits; ++p) top = std::max(top, part(p)[1]);
-        float* o = out.row(segment.begin + w.token + r / group) + (w.kv_head * group + r % group) * D;
+        float* o = w.of(out, segment.begin, r, D);
         std::fill_n(o, D, 0.0f);
         for (int p = 0; p < w.splits; ++p) {
-          const float weight = std::exp(part(p)[1] - top);
+          const float weight = std::exp2(part(p)[1] - top);
           total += weight * part(p)[0];
           k.add(o, part(p) + 2, weight, D);
         }
@@ -187,7 +168,7 @@ class Attention {
   }
 
   std::vector<Work> work_;
-  std::size_t partials_ = 0, rows_ = 0;
+  std::size_t partials_ = 0;
   Scratch space_scratch_, partial_scratch_;
   Scratch::Pieces spaces_{}, partial_{};
 };

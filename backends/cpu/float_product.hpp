@@ -88,10 +88,12 @@ void float_product(const std::byte* const* w, int rows, const float* x, std::ptr
   for (; r < rows; ++r) product_rows_of<type, 1>(w + r, x, x_stride, T, n, y + r, y_stride);
 }
 
-// c[m, j] = scale c[m, j] + sum_k a[m, k] b[k, j] for M rows and V vectors of columns.  scale == 0 ignores what c was.
-template <DType type, int M, int V, bool whole>
+// c[m, j] = scale c[m, j] + sum_k a[m, k] b[k, j] for M rows and V vectors of columns: V loads and M broadcasts for M V
+// multiply-adds.  scale == 0 ignores what c was.  `ahead`: fetches a line of each row of `next`, which lie as those of
+// b.
+template <DType type, int M, int V, bool whole, bool ahead>
 void sum_tile(float scale, float* c, std::ptrdiff_t c_stride, const float* a, std::ptrdiff_t am, std::ptrdiff_t ak,
-              const std::byte* b, std::ptrdiff_t b_bytes, int K, int part) noexcept {
+              const std::byte* b, std::ptrdiff_t b_bytes, int K, int part, const std::byte* next) noexcept {
   F acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -101,6 +103,10 @@ void sum_tile(float scale, float* c, std::ptrdiff_t c_stride, const float* a, st
     }
   }
   for (int k = 0; k < K; ++k, b += b_bytes, a += ak) {
+    if constexpr (ahead) {
+      __builtin_prefetch(next, 0, 2);
+      next += b_bytes;
+    }
     F row[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
@@ -121,25 +127,29 @@ void sum_tile(float scale, float* c, std::ptrdiff_t c_stride, const float* a, st
   }
 }
 
-template <DType type, int M>
+template <DType type, int M, bool ahead>
 void sum_rows_of(float scale, float* c, std::ptrdiff_t c_stride, int N, const float* a, std::ptrdiff_t am,
-                 std::ptrdiff_t ak, const std::byte* b, std::ptrdiff_t b_bytes, int K) noexcept {
+                 std::ptrdiff_t ak, const std::byte* b, std::ptrdiff_t b_bytes, int K, const std::byte* next) noexcept {
   int j = 0;
-  for (; j + 2 * lanes <= N; j += 2 * lanes)
-    sum_tile<type, M, 2, true>(scale, c + j, c_stride, a, am, ak, b + j * stored_bytes<type>, b_bytes, K, lanes);
-  for (; j + lanes <= N; j += lanes)
-    sum_tile<type, M, 1, true>(scale, c + j, c_stride, a, am, ak, b + j * stored_bytes<type>, b_bytes, K, lanes);
-  if (j < N)
-    sum_tile<type, M, 1, false>(scale, c + j, c_stride, a, am, ak, b + j * stored_bytes<type>, b_bytes, K, N - j);
+  auto columns = [&](auto tile, int part) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+    const std::ptrdiff_t at = j * stored_bytes<type>;
+    tile(scale, c + j, c_stride, a, am, ak, b + at, b_bytes, K, part, next + at);
+  };
+  for (; j + 2 * lanes <= N; j += 2 * lanes) columns(sum_tile<type, M, 2, true, ahead>, lanes);
+  for (; j + lanes <= N; j += lanes) columns(sum_tile<type, M, 1, true, ahead>, lanes);
+  if (j < N) columns(sum_tile<type, M, 1, false, ahead>, N - j);
 }
 
-template <DType type>
+template <DType type, bool ahead = false>
 void weighted_sum(float scale, float* c, std::ptrdiff_t c_stride, int M, int N, const float* a, std::ptrdiff_t am,
-                  std::ptrdiff_t ak, const std::byte* b, std::ptrdiff_t b_bytes, int K) noexcept {
+                  std::ptrdiff_t ak, const std::byte* b, std::ptrdiff_t b_bytes, int K,
+                  const std::byte* next = nullptr) noexcept {
+  if (!ahead) next = b;
   int m = 0;
   for (; m + sum_rows <= M; m += sum_rows)
-    sum_rows_of<type, sum_rows>(scale, c + m * c_stride, c_stride, N, a + m * am, am, ak, b, b_bytes, K);
-  for (; m < M; ++m) sum_rows_of<type, 1>(scale, c + m * c_stride, c_stride, N, a + m * am, am, ak, b, b_bytes, K);
+    sum_rows_of<type, sum_rows, ahead>(scale, c + m * c_stride, c_stride, N, a + m * am, am, ak, b, b_bytes, K, next);
+  for (; m < M; ++m)
+    sum_rows_of<type, 1, ahead>(scale, c + m * c_stride, c_stride, N, a + m * am, am, ak, b, b_bytes, K, next);
 }
 
 }  // namespace QWEN3NEXT_KERNEL_UNIT

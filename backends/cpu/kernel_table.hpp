@@ -35,12 +35,6 @@ struct Kernels {
                      const float* x, float* y) noexcept;  // y[r] = w[r] . x
   void (*dequantize_f8)(const std::byte* row, const std::byte* factors, DType factor_type, int n, float* out) noexcept;
 
-  // c[m, j] = scale c[m, j] + sum_k a[m am + k ak] b[k, j];  b rows of f32 or f16, b_bytes apart.
-  using WeightedSum = void (*)(float scale, float* c, std::ptrdiff_t c_stride, int M, int N, const float* a,
-                               std::ptrdiff_t am, std::ptrdiff_t ak, const std::byte* b, std::ptrdiff_t b_bytes,
-                               int K) noexcept;
-  WeightedSum weighted_sum[2];  // by DType: f32, f16
-
   // --- products with quantised weights.
   void (*quantize)(const float* x, int n, std::byte* row) noexcept;
   // Decode: an operand is a quantised row in the order in which the type's kernel wants it; types of one kind share it.
@@ -96,11 +90,29 @@ struct Kernels {
   void (*delta_chunked)(const DeltaHead& head, float* scratch) noexcept;
 
   void (*store_kv)(DType type, const float* row, int n, std::byte* out) noexcept;
-  // Rows of scores [rows, n] of one block of positions, of which row r sees the first visible[r]:  updates the
-  // running maximum and sum and leaves exp(score - maximum) in place; `shrink`[r] is what older sums must be
-  // multiplied with.  See attention in cpu_backend.hpp.
-  void (*online_softmax)(float* scores, std::ptrdiff_t stride, int rows, const std::int32_t* visible, int n,
-                         float scale, float* maximum, float* sum, float* shrink) noexcept;
+  // Queries of one KV head that see the same blocks of positions, and what is known of their softmax so far; laid out
+  // by attention_start in attention_space() floats.  See attention_block.hpp.
+  struct AttentionRows {
+    int queries, D;
+    int columns;            // queries and padding
+    float* query;           // multiplied with log2(e) / sqrt(D)
+    float* sum;             // [queries, D]  of 2^(score - top) value
+    float *total, *top;     // [columns]     of 2^(score - top); the largest score
+    float* shrink;          // [columns]     what older sums were multiplied with
+    std::int32_t* visible;  // [columns]     positions of the next block that the query sees
+    float* scores;          // [block, columns]
+    float* expanded;        // [block, D]    keys or values
+  };
+  struct AttentionBlock {
+    DType type;
+    int n;
+    const std::byte *keys, *values;  // n rows, row_bytes apart
+    std::ptrdiff_t row_bytes;
+    const std::byte* next;  // keys of the next block, to be fetched meanwhile, or null
+  };
+  std::size_t (*attention_space)(int queries, int D, int block, DType type) noexcept;
+  void (*attention_start)(AttentionRows& a, float* space, int block, const float* const* q) noexcept;
+  void (*attention_block)(const AttentionRows& a, const AttentionBlock& b) noexcept;
   void (*scale_row)(float* x, float scale, int n) noexcept;
 };
 

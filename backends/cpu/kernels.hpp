@@ -14,6 +14,7 @@
 
 #if defined(QWEN3NEXT_ISA) || (QWEN3NEXT_DEFINITIONS && !defined(QWEN3NEXT_MULTI_ISA))
 
+#include "backends/cpu/attention_block.hpp"
 #include "backends/cpu/delta_rule.hpp"
 #include "backends/cpu/elementwise.hpp"
 #include "backends/cpu/f8_product.hpp"
@@ -51,8 +52,6 @@ constexpr Kernels make_table() {
   k.float_product[2] = float_product<DType::bf16>;
   k.f8_product = f8_product;
   k.dequantize_f8 = dequantize_f8;
-  k.weighted_sum[0] = weighted_sum<DType::f32>;
-  k.weighted_sum[1] = weighted_sum<DType::f16>;
   k.quantize = quantize;
   k.operand_bytes = operand_bytes;
   k.make_operand = make_operand;
@@ -101,7 +100,9 @@ constexpr Kernels make_table() {
   k.delta_scratch = delta_scratch;
   k.delta_chunked = delta_chunked;
   k.store_kv = store_kv;
-  k.online_softmax = online_softmax;
+  k.attention_space = attention_space;
+  k.attention_start = attention_start;
+  k.attention_block = attention_block;
   k.scale_row = scale_row;
   return k;
 }

@@ -1,5 +1,5 @@
 #pragma once
-// Rows of the KV cache, and the softmax that attention builds up block by block.
+// Rows of the KV cache.
 
 #include "backends/cpu/simd.hpp"
 
@@ -33,39 +33,6 @@ inline void store_kv(DType type, const float* row, int n, std::byte* out) noexce
       }
       std::memcpy(out + 2, q, 32);
     }
-  }
-}
-
-// One block of n positions for `rows` queries: scores [rows, stride] become exp(scale score - maximum), 0 beyond
-// visible[r]; maximum and sum are those over all blocks so far; shrink[r] = exp(old maximum - new maximum).
-inline void online_softmax(float* scores, std::ptrdiff_t stride, int rows, const std::int32_t* visible, int n,
-                           float scale, float* max, float* total, float* shrink) noexcept {
-  for (int r = 0; r < rows; ++r) {
-    float* x = scores + r * stride;
-    const int seen = visible[r] < n ? (visible[r] < 0 ? 0 : visible[r]) : n;
-    float top = max[r];
-    F tops(top);
-    for_lanes(seen, [&](int i, int m) {
-      if (m == lanes) {
-        tops = xsimd::max(tops, F(scale) * load(x + i));
-      } else {
-        for (int j = 0; j < m; ++j) top = scale * x[i + j] > top ? scale * x[i + j] : top;
-      }
-    });
-    const float top_lane = maximum(tops);
-    top = top_lane > top ? top_lane : top;
-    F sums(0.0f);
-    for_lanes(seen, [&](int i, int m) {
-      store_some(x + i, exp(F(scale) * load_some(x + i, m) - F(top)), m);
-      sums += load_some(x + i, m);
-    });
-    for (int i = seen; i < n; ++i) x[i] = 0;
-    const float old = max[r];
-    float factor[1] = {old};
-    store_part(factor, exp(F(old) - F(top)), 1);
-    shrink[r] = factor[0];
-    total[r] = total[r] * factor[0] + sum(sums);
-    max[r] = top;
   }
 }
 

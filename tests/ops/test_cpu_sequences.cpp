@@ -154,8 +154,8 @@ TEST_CASE("attention: against the reference, every kind of cache") {
   on_every_isa([](std::string_view isa, Expected& expected) {
     Random random;
     for (KvType kv : {KvType::f32, KvType::f16, KvType::q8_0}) {
-      for (AttentionShape shape :
-           {AttentionShape{1, 1, 32}, AttentionShape{6, 2, 64}, AttentionShape{3, 3, 7}, AttentionShape{16, 1, 33}}) {
+      for (AttentionShape shape : {AttentionShape{1, 1, 32}, AttentionShape{6, 2, 64}, AttentionShape{3, 3, 7},
+                                   AttentionShape{16, 1, 33}, AttentionShape{16, 2, 64}, AttentionShape{70, 1, 32}}) {
         if (kv == KvType::q8_0 && shape.head_dim % 32 != 0) continue;
         for (const Batch& batch : {Batch{{1}}, Batch{{1, 5}}, Batch{{70}}, Batch{{300, 9, 1}}}) {
           const int T = batch.total();
@@ -196,6 +196,49 @@ TEST_CASE("attention: a long context, split in decode") {
     CHECK(nmse(single, together) < 1e-12);
     CHECK(copy[0].length() == past);                  // copies are snapshots:
     CHECK(a.run(be, {{6}}, copy, past) == together);  // what others appended is not in them
+  });
+}
+
+// Tokens that came before, without attending.
+void remember(HostKvCache& cache, AttentionShape shape, const Rows& k, const Rows& v, int count,
+              void (*store)(DType, const float*, int, std::byte*) noexcept) {
+  cache.extend(count);
+  const DType type = stored_type(cache.type());
+  for (std::size_t t = 0; t < static_cast<std::size_t>(count); ++t) {
+    for (int h = 0; h < shape.kv_heads; ++h) {
+      const std::size_t at = static_cast<std::size_t>(h) * static_cast<std::size_t>(shape.head_dim);
+      store(type, &k[t][at], shape.head_dim, cache.key_row(static_cast<std::int64_t>(t), h));
+      store(type, &v[t][at], shape.head_dim, cache.value_row(static_cast<std::int64_t>(t), h));
+    }
+  }
+}
+
+TEST_CASE("attention: few tokens and many after a long context, several sequences, every kind of cache") {
+  on_every_isa([](std::string_view isa, Expected& expected) {
+    Random random;
+    const int past = 4500;
+    for (AttentionShape shape : {AttentionShape{16, 2, 64}, AttentionShape{2, 1, 256}}) {
+      const Attend a(random, shape, past);
+      for (KvType kv : {KvType::f32, KvType::f16, KvType::q8_0}) {
+        for (const Batch& batch : {Batch{{1, 1, 2}}, Batch{{8, 1}}, Batch{{9}}}) {
+          CAPTURE(static_cast<int>(kv));
+          CAPTURE(batch.total());
+          CpuBackend be = cpu_backend(isa, 2, kv), three = cpu_backend(isa, 3, kv);
+          ReferenceBackend reference;
+          const std::size_t n = batch.counts.size();
+          auto mine = a.caches(be, n), theirs = a.caches(reference, n);
+          for (std::size_t i = 0; i < n; ++i) {  // contexts of several lengths
+            const int length = past - 700 * static_cast<int>(i);
+            remember(mine[i], shape, a.k, a.v, length, be.kernels().store_kv);
+            remember(theirs[i], shape, a.k, a.v, length, be.kernels().store_kv);
+          }
+          auto other = mine;
+          const Rows found = a.run(be, batch, mine);
+          CHECK(nmse(found, expected([&] { return a.run(reference, batch, theirs); })) < kv_bound(kv));
+          CHECK(found == a.run(three, batch, other));
+        }
+      }
+    }
   });
 }
 

@@ -1,0 +1,296 @@
+#pragma once
+// One block of positions of a KV head against the queries that share it, with the softmax built up on the way:
+//   m' = max(m, max s)   l' = l 2^(m - m') + sum 2^(s - m')   o' = o 2^(m - m') + 2^(s - m') V       s = K q
+// q comes multiplied with log2(e) / sqrt(D), so that powers of 2 serve.  Scalar twin: attention in
+// reference_backend.hpp.
+//
+// Scores lie as [position, query]: the softmax of as many queries as a vector has lanes takes no horizontal steps.
+// Few queries (decode): K is read once, straight from the cache, by dot products of 3 rows with 8 queries.  Many
+// (prefill): K and V are expanded to f32 once, and both products are weighted sums of vectors (of queries, of dims).
+
+#include <math.h>
+
+#include "backends/cpu/elementwise.hpp"
+#include "backends/cpu/float_product.hpp"
+#include "backends/cpu/kernel_table.hpp"
+#include "backends/cpu/unpack.hpp"
+
+namespace qwen3next::cpu::QWEN3NEXT_ISA {
+namespace QWEN3NEXT_KERNEL_UNIT {
+
+constexpr int expanded_queries = 32;  // from so many on, expanding K and V pays
+
+// A power of 2 that divides a vector, or whole vectors.
+inline int attention_columns(int queries) noexcept {
+  int columns = 1;
+  while (columns < queries && columns < lanes) columns *= 2;
+  return queries <= columns ? columns : (queries + lanes - 1) / lanes * lanes;
+}
+
+// Floats of AttentionRows: query and sum [queries, D], scores [block, columns], 4 rows of columns, perhaps K or V.
+inline std::size_t attention_space(int queries, int D, int block, DType type) noexcept {
+  const int columns = attention_columns(queries);
+  const bool expand = type == DType::q8_0 || (type != DType::f32 && queries >= expanded_queries);
+  return static_cast<std::size_t>(2 * columns * D + (block + 4) * columns + lanes + (expand ? block * D : 0));
+}
+
+// 2^x for x <= 0 to about 1 ulp; 0 below -126.  n = round(x) falls out of the low bits of x + 1.5 * 2^23; 2^(x - n) by
+// a polynomial of least relative error (2e-9), times 2^n by adding n to the exponent.
+QWEN3NEXT_FORCE_INLINE F exp2_negative(F x) noexcept {
+  const F magic(12582912.0f), low(-126.0f);
+  const F clamped = xsimd::max(x, low);
+  const F shifted = clamped + magic;
+  const F r = clamped - (shifted - magic);
+  F p(0.00015353359f);
+  p = mul_add(p, r, F(0.0013398874f));
+  p = mul_add(p, r, F(0.009618437f));
+  p = mul_add(p, r, F(0.055503324f));
+  p = mul_add(p, r, F(0.24022648f));
+  p = mul_add(p, r, F(0.6931472f));
+  p = mul_add(p, r, F(1.0f));
+  return xsimd::select(x < low, F(0.0f), as_floats(as_ints(p) + (as_ints(shifted) << 23)));
+}
+
+// GCC would load an operand of several instructions again for each.
+QWEN3NEXT_FORCE_INLINE F in_register(F v) noexcept {
+#if defined(__AVX512F__) && defined(__GNUC__)
+  __m512 x = v;
+  __asm__("" : "+v"(x));
+  return F(x);
+#else
+  return v;
+#endif
+}
+
+// out[t] = the sum of acc[t].  Four vectors at a time: two rounds of adding their interleaved halves.
+template <int T>
+QWEN3NEXT_FORCE_INLINE void store_sums(const F* acc, float* out) noexcept {
+#if defined(__AVX512F__)
+  if constexpr (T == 8) {
+    __m512 four[2];  // per 128 bits: a part of each of four sums
+    for (int i = 0; i < 2; ++i) {
+      const __m512 a = acc[4 * i], b = acc[4 * i + 1], c = acc[4 * i + 2], d = acc[4 * i + 3];
+      const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+      const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+      four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                              _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    }
+    const __m512 eight =
+        _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+    const __m512 both = _mm512_add_ps(eight, _mm512_shuffle_f32x4(eight, eight, 0xb1));
+    _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_shuffle_f32x4(both, both, 0x08)));
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (T == 4) {
+    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(acc[0], acc[1]), _mm256_hadd_ps(acc[2], acc[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+    return;
+  }
+#elif defined(__aarch64__)
+  if constexpr (T == 8) {
+    for (int i = 0; i < 8; i += 4)
+      vst1q_f32(out + i, vpaddq_f32(vpaddq_f32(acc[i], acc[i + 1]), vpaddq_f32(acc[i + 2], acc[i + 3])));
+    return;
+  }
+#endif
+  for (int t = 0; t < T; ++t) out[t] = sum(acc[t]);
+}
+
+// scores[p, t] = keys[p] . query[t] for R positions and T queries: R T accumulators, R conversions and T loads for R T
+// multiply-adds.  The values of these positions, wanted next, are fetched meanwhile.
+template <DType type, int R, int T, bool whole>
+void score_tile(const Kernels::AttentionRows& a, const Kernels::AttentionBlock& b, int position, int first) noexcept {
+  const std::byte *keys = b.keys + position * b.row_bytes, *values = b.values + position * b.row_bytes;
+  const float* query = a.query + first * a.D;
+  F acc[R][T];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) acc[r][t] = F(0.0f);
+  }
+  for (int i = 0; i < a.D; i += lanes) {
+    F key[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const std::ptrdiff_t at = r * b.row_bytes + i * stored_bytes<type>;
+      if (i * stored_bytes<type> % 64 == 0) __builtin_prefetch(values + at, 0, 2);
+      key[r] = whole || i + lanes <= a.D ? load_stored<type>(keys + at) : load_stored_part<type>(keys + at, a.D - i);
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const float* x = query + t * a.D + i;
+      const F q = in_register(whole || i + lanes <= a.D ? load(x) : load_part(x, a.D - i));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) acc[r][t] = mul_add(key[r], q, acc[r][t]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) store_sums<T>(acc[r], a.scores + (position + r) * a.columns + first);
+}
+
+template <DType type, int R, int T, bool whole>
+void score_all(const Kernels::AttentionRows& a, const Kernels::AttentionBlock& b, int first) noexcept {
+  int p = 0;
+  for (; p + R <= b.n; p += R) score_tile<type, R, T, whole>(a, b, p, first);
+  for (; p < b.n; ++p) score_tile<type, 1, T, whole>(a, b, p, first);
+}
+
+template <DType type, int R, int T>
+void score_queries(const Kernels::AttentionRows& a, const Kernels::AttentionBlock& b, int first) noexcept {
+  if (a.D % lanes == 0)
+    score_all<type, R, T, true>(a, b, first);
+  else
+    for (int t = first; t < first + T; ++t) score_all<type, 1, 1, false>(a, b, t);
+}
+
+template <DType type>
+void score_few(const Kernels::AttentionRows& a, const Kernels::AttentionBlock& b) noexcept {
+#if defined(__AVX512F__) || defined(__aarch64__)
+  constexpr int wide = 8;
+#else
+  constexpr int wide = 4;
+#endif
+  int t = 0;
+  for (; t + wide <= a.queries; t += wide) score_queries<type, 3, wide>(a, b, t);
+  for (; t + 2 <= a.queries; t += 2) score_queries<type, 4, 2>(a, b, t);
+  for (; t < a.queries; ++t) score_queries<type, 4, 1>(a, b, t);
+}
+
+// The softmax of `lanes` queries, or of lanes / columns positions of `columns` queries at a time.  Leaves 2^(s - m') in
+// place of the scores and 2^(m - m') in `shrink`.
+inline void online_softmax(const Kernels::AttentionRows& a, int n, bool masked) noexcept {
+  const int together = a.columns < lanes ? lanes / a.columns : 1, stride = a.columns < lanes ? lanes : a.columns;
+  const int steps = (n + together - 1) / together;
+  const F nothing(-__builtin_inff());
+  for (int i = n * a.columns; i < steps * stride; ++i) a.scores[i] = -__builtin_inff();
+  for (int c = 0; c < a.columns; c += lanes) {
+    float* x = a.scores + c;
+    if (masked) {
+      alignas(64) float limit[lanes], position[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        limit[i] = static_cast<float>(a.visible[c + i % a.columns]);
+        position[i] = static_cast<float>(i / a.columns);
+      }
+      const F limits = load(limit), offsets = load(position);
+      for (int s = 0; s < steps; ++s) {
+        const F p = offsets + F(static_cast<float>(s * together));
+        store(x + s * stride, xsimd::select(p < limits, load(x + s * stride), nothing));
+      }
+    }
+    F top[4] = {nothing, nothing, nothing, nothing};
+    int s = 0;
+    for (; s + 4 <= steps; s += 4) {
+      for (int j = 0; j < 4; ++j) top[j] = xsimd::max(top[j], load(x + (s + j) * stride));
+    }
+    for (; s < steps; ++s) top[0] = xsimd::max(top[0], load(x + s * stride));
+    alignas(64) float most[lanes], part[lanes];
+    store(part, xsimd::max(xsimd::max(top[0], top[1]), xsimd::max(top[2], top[3])));
+    for (int i = 0; i < lanes; ++i) {  // over the positions that lie together, and those before
+      float m = a.top[c + i % a.columns];
+      for (int j = i % a.columns; j < lanes; j += a.columns) m = part[j] > m ? part[j] : m;
+      most[i] = m;
+    }
+    const F shift = load(most);
+    F sums[2] = {F(0.0f), F(0.0f)};
+    auto power = [&](int at, F& total) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+      const F e = exp2_negative(load(x + at * stride) - shift);
+      store(x + at * stride, e);
+      total += e;
+    };
+    for (s = 0; s + 2 <= steps; s += 2) power(s, sums[0]), power(s + 1, sums[1]);
+    if (s < steps) power(s, sums[0]);
+    store(part, sums[0] + sums[1]);
+    alignas(64) float before[lanes];
+    for (int i = 0; i < lanes; ++i) before[i] = a.top[c + i % a.columns];
+    alignas(64) float shrink[lanes];
+    store(shrink, exp2_negative(load(before) - shift));
+    for (int i = 0; i < lanes && i < a.columns; ++i) {
+      float total = 0;
+      for (int j = i; j < lanes; j += a.columns) total += part[j];
+      a.total[c + i] = a.total[c + i] * shrink[i] + total;
+      a.top[c + i] = most[i];
+      a.shrink[c + i] = shrink[i];
+    }
+  }
+}
+
+// Lays out `space`, takes the queries and starts with nothing seen.
+inline void attention_start(Kernels::AttentionRows& a, float* space, int block, const float* const* q) noexcept {
+  const bool many = a.queries >= expanded_queries;
+  a.columns = attention_columns(a.queries);
+  a.query = space;
+  a.sum = a.query + a.columns * a.D;
+  a.total = a.sum + a.columns * a.D;
+  a.top = a.total + a.columns;
+  a.shrink = a.top + a.columns;
+  a.visible = reinterpret_cast<std::int32_t*>(a.shrink + a.columns);
+  a.scores = a.shrink + 2 * a.columns;
+  a.expanded = a.scores + block * a.columns + lanes;
+  const float scale = 1.44269504f / ::sqrtf(static_cast<float>(a.D));
+  for (int c = 0; c < a.columns; ++c) {
+    a.total[c] = 0;
+    a.top[c] = -1e30f;
+    a.visible[c] = 0;
+  }
+  for (int r = 0; r < a.queries; ++r) {
+    if (many) {
+      for (int d = 0; d < a.D; ++d) a.query[d * a.columns + r] = scale * q[r][d];
+    } else {
+      for (int d = 0; d < a.D; ++d) a.query[r * a.D + d] = scale * q[r][d];
+    }
+  }
+  for (int i = 0; i < a.queries * a.D; ++i) a.sum[i] = 0;
+  if (many) {
+    for (int r = a.queries; r < a.columns; ++r) {
+      for (int d = 0; d < a.D; ++d) a.query[d * a.columns + r] = 0;
+    }
+  } else {  // columns of no query are never written, and must be numbers
+    for (int i = 0; i < block * a.columns; ++i) a.scores[i] = 0;
+  }
+}
+
+// n rows of the cache as f32.
+inline const std::byte* expanded_rows(const Kernels::AttentionRows& a, const Kernels::AttentionBlock& b,
+                                      const std::byte* rows, std::ptrdiff_t* stride) noexcept {
+  *stride = b.row_bytes;
+  if (b.type == DType::f32) return rows;
+  for (int p = 0; p < b.n; ++p) dequantize(b.type, rows + p * b.row_bytes, a.D, a.expanded + p * a.D);
+  *stride = a.D * static_cast<std::ptrdiff_t>(sizeof(float));
+  return reinterpret_cast<const std::byte*>(a.expanded);
+}
+
+inline void attention_block(const Kernels::AttentionRows& a, const Kernels::AttentionBlock& b) noexcept {
+  const bool many = a.queries >= expanded_queries;
+  std::ptrdiff_t stride;
+  if (many) {
+    const std::byte* keys = expanded_rows(a, b, b.keys, &stride);
+    weighted_sum<DType::f32>(0, a.scores, a.columns, b.n, a.columns, reinterpret_cast<const float*>(keys),
+                             stride / static_cast<std::ptrdiff_t>(sizeof(float)), 1,
+                             reinterpret_cast<const std::byte*>(a.query),
+                             a.columns * static_cast<std::ptrdiff_t>(sizeof(float)), a.D);
+  } else if (b.type == DType::f16) {
+    score_few<DType::f16>(a, b);
+  } else {
+    Kernels::AttentionBlock floats = b;
+    floats.keys = expanded_rows(a, b, b.keys, &floats.row_bytes);
+    floats.values = floats.keys;
+    score_few<DType::f32>(a, floats);
+  }
+  bool masked = false;
+  for (int r = 0; r < a.queries; ++r) masked |= a.visible[r] < b.n;
+  online_softmax(a, b.n, masked);
+  for (int r = 0; r < a.queries; ++r) {
+    if (a.shrink[r] != 1) scale_row(a.sum + r * a.D, a.shrink[r], a.D);
+  }
+  if (!many && b.type == DType::f16) {
+    weighted_sum<DType::f16, true>(1, a.sum, a.D, a.queries, a.D, a.scores, 1, a.columns, b.values, b.row_bytes, b.n,
+                                   b.next ? b.next : b.values);
+  } else {
+    const std::byte* values = expanded_rows(a, b, b.values, &stride);
+    weighted_sum<DType::f32>(1, a.sum, a.D, a.queries, a.D, a.scores, 1, a.columns, values, stride, b.n);
+  }
+}
+
+}  // namespace QWEN3NEXT_KERNEL_UNIT
+}  // namespace qwen3next::cpu::QWEN3NEXT_ISA
