@@ -26,8 +26,8 @@ class ExpertLayer {
     workspaces_.reserve(k, team, std::max(D, width), max_count_);
 
     const Input in{&x_, x.data, x.stride, D};
-    if (const unsigned kinds = kinds_of(k, &ExpertView::gate) | kinds_of(k, &ExpertView::up))
-      x_.prepare(k, team, x.data, x.stride, x.n_rows, D, kinds);
+    if (any_quantised(&ExpertView::gate) || any_quantised(&ExpertView::up))
+      x_.prepare(k, team, x.data, x.stride, x.n_rows, D);
     auto* h = reinterpret_cast<float*>(
         h_scratch_.get(sizeof(float) * static_cast<std::size_t>(pairs) * static_cast<std::size_t>(width)));
     shares_.clear();
@@ -57,7 +57,7 @@ class ExpertLayer {
       });
     });
 
-    if (const unsigned kinds = kinds_of(k, &ExpertView::down)) h_.prepare(k, team, h, width, pairs, width, kinds);
+    if (any_quantised(&ExpertView::down)) h_.prepare(k, team, h, width, pairs, width);
     const Input hidden{&h_, h, width, width};
     const int H = out.n_cols, units = (H + row_unit - 1) / row_unit;
     team.run(down_work, [&](int thread, int threads) {
@@ -156,19 +156,15 @@ class ExpertLayer {
     }
   }
 
-  unsigned kinds_of(const Kernels& k, WeightView ExpertView::*matrix) const noexcept {
-    unsigned kinds = 0;
-    for (const Job& job : jobs_) {
-      const DType type = (job.expert->*matrix).type;
-      if (info(type).quantised) kinds |= 1u << k.operand_kind[index(type)];
-    }
-    return kinds;
+  bool any_quantised(WeightView ExpertView::*matrix) const noexcept {
+    return std::any_of(jobs_.begin(), jobs_.end(),
+                       [&](const Job& job) { return info((job.expert->*matrix).type).quantised; });
   }
 
   // Packs the chosen rows into panels, where a product with strips will want them.
   static void collect(const Kernels& k, const Input& in, const std::int32_t* chosen, int count, DType type,
                       const Workspace& space) noexcept {
-    if (!info(type).quantised || count < strip_tokens) return;
+    if (!info(type).quantised || count <= k.row_tokens) return;
     const Panels panels(count, k.max_panel);
     const std::byte* rows[64];
     for (int p = 0; p < panels.count; ++p) {
@@ -189,9 +185,10 @@ class ExpertLayer {
         for (int s = 0; s < T; ++s) std::copy_n(in.data + chosen[begin + s] * in.stride, in.n, space.rows + s * in.n);
         float_rows_product(k, w, r, n, space.rows, in.n, T, space.expanded, y + begin * row_chunk, row_chunk);
       }
-    } else if (count < strip_tokens) {
-      for (int s = 0; s < count; ++s)
-        k.row_product[type](rows, n, in.n, in.quantized->operand(k.operand_kind[type], chosen[s]), y + s * row_chunk);
+    } else if (count <= k.row_tokens) {
+      const std::byte* operands[max_row_tokens];
+      for (int s = 0; s < count; ++s) operands[s] = in.quantized->operand(chosen[s]);
+      k.row_product[type](rows, n, in.n, operands, count, y, row_chunk);
     } else {
       const Panels panels(count, k.max_panel);
       for (int j = 0; j < n; j += k.lanes) {

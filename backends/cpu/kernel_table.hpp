@@ -37,11 +37,13 @@ struct Kernels {
 
   // --- products with quantised weights.
   void (*quantize)(const float* x, int n, std::byte* row) noexcept;
-  // Decode: an operand is a quantised row in the order in which the type's kernel wants it; types of one kind share it.
-  std::uint8_t operand_kind[dtype_count];
+  // Decode: y[t, r] = w[r] . x[t] for up to `row_tokens` tokens; with more, strips are faster.  An operand x[t] is a
+  // quantised row in the order in which the kernels want it.
+  int row_tokens;
   std::size_t (*operand_bytes)(int n) noexcept;
-  void (*make_operand)(int kind, const std::byte* row, int n, std::byte* operand) noexcept;
-  using RowProduct = void (*)(const std::byte* const* w, int rows, int n, const std::byte* operand, float* y) noexcept;
+  void (*make_operand)(const std::byte* row, int n, std::byte* operand) noexcept;  // 128-aligned
+  using RowProduct = void (*)(const std::byte* const* w, int rows, int n, const std::byte* const* x, int T, float* y,
+                              std::ptrdiff_t y_stride) noexcept;
   RowProduct row_product[dtype_count];  // null for float types
   std::uint32_t quantised_types;        // bit i: DType i has products (pointers can't be asked under sanitizers)
   // Prefill.

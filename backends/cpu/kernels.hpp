@@ -20,6 +20,7 @@
 #include "backends/cpu/f8_product.hpp"
 #include "backends/cpu/float_product.hpp"
 #include "backends/cpu/kv_rows.hpp"
+#include "backends/cpu/row_blocks_avx512.hpp"
 #include "backends/cpu/row_product.hpp"
 #include "backends/cpu/row_product_avx512.hpp"
 #include "backends/cpu/simd.hpp"
@@ -53,6 +54,7 @@ constexpr Kernels make_table() {
   k.f8_product = f8_product;
   k.dequantize_f8 = dequantize_f8;
   k.quantize = quantize;
+  k.row_tokens = row_tokens;
   k.operand_bytes = operand_bytes;
   k.make_operand = make_operand;
   k.strip_bytes = strip_bytes;
@@ -73,16 +75,11 @@ constexpr Kernels make_table() {
   use<MXFP4>(k, DType::mxfp4);
   use<NVFP4>(k, DType::nvfp4);
 #if QWEN3NEXT_FUSED_ROWS
-  auto fuse = [&](DType type, OperandKind kind, Kernels::RowProduct product, Kernels::PackStrip pack) {
-    const auto i = static_cast<std::size_t>(type);
-    k.operand_kind[i] = static_cast<std::uint8_t>(kind);
-    k.row_product[i] = product;
-    k.pack_strip[i] = pack;
-  };
-  fuse(DType::q8_0, operand_q8, row_product_q8, pack_strip_transposed<Q8_0>);
-  fuse(DType::q4_k, operand_k4, fused_row_product<FusedQ45_K<false>>, pack_strip_transposed<Q4_K>);
-  fuse(DType::q5_k, operand_k4, fused_row_product<FusedQ45_K<true>>, pack_strip_transposed<Q5_K>);
-  fuse(DType::q6_k, operand_k6, fused_row_product<FusedQ6_K>, pack_strip_transposed<Q6_K>);
+  auto transpose = [&](DType type, Kernels::PackStrip pack) { k.pack_strip[static_cast<std::size_t>(type)] = pack; };
+  transpose(DType::q8_0, pack_strip_transposed<Q8_0>);
+  transpose(DType::q4_k, pack_strip_transposed<Q4_K>);
+  transpose(DType::q5_k, pack_strip_transposed<Q5_K>);
+  transpose(DType::q6_k, pack_strip_transposed<Q6_K>);
 #endif
   k.dequantize = dequantize;
   k.rms_norm = rms_norm;

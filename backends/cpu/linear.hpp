@@ -15,11 +15,10 @@ namespace qwen3next::cpu {
 
 inline std::size_t index(DType type) noexcept { return static_cast<std::size_t>(type); }
 
-constexpr int max_operand_kinds = 4;
 constexpr int row_chunk = 64;          // rows handed to a kernel at once in decode
 constexpr int float_token_block = 48;  // tokens whose fp32 rows stay in L2 while weights pass
-// From so many tokens on, unpacking and interleaving a strip of weights pays.
-constexpr int strip_tokens = 3;
+constexpr int max_row_tokens = 16;     // of Kernels::row_tokens
+constexpr int expand_tokens = 3;       // from so many on, rows of F8_E4M3 are expanded once for all
 
 inline void row_pointers(const WeightView& w, int begin, int count, const std::byte** rows) noexcept {
   int group = begin / w.group_rows, inside = begin % w.group_rows;
@@ -50,7 +49,7 @@ inline void float_rows_product(const Kernels& k, const WeightView& w, int begin,
   if (type == DType::f8_e4m3) {
     const std::byte* factors[row_chunk];
     for (int i = 0; i < n; ++i) factors[i] = w.grid_row(begin + i);
-    if (T < strip_tokens) {
+    if (T < expand_tokens) {
       for (int t = 0; t < T; ++t)
         k.f8_product(rows, factors, w.grid.type, n, w.cols, x + t * x_stride, y + t * y_stride);
       return;
@@ -120,30 +119,23 @@ struct Panels {
 // Rows of activations as the quantised kernels want them.
 class QuantizedRows {
  public:
-  // Quantises rows x[0..T) of n values; operands for the kinds whose bit is set in `kinds`.
-  void prepare(const Kernels& k, const Team& team, const float* x, std::ptrdiff_t stride, int T, int n,
-               unsigned kinds) {
+  // Quantises rows x[0..T) of n values.
+  void prepare(const Kernels& k, const Team& team, const float* x, std::ptrdiff_t stride, int T, int n) {
     rows_ = row_scratch_.pieces(static_cast<std::size_t>(T), quantized_row_bytes(n));
-    for (int kind = 0; kind < max_operand_kinds; ++kind) {
-      if (kinds >> kind & 1u) {
-        operands_[kind] = operand_scratch_[kind].pieces(static_cast<std::size_t>(T), k.operand_bytes(n));
-      }
-    }
+    operands_ = operand_scratch_.pieces(static_cast<std::size_t>(T), k.operand_bytes(n));
     team.split(T, n, [&](int begin, int end) {
       for (int t = begin; t < end; ++t) {
         k.quantize(x + t * stride, n, rows_[t]);
-        for (int kind = 0; kind < max_operand_kinds; ++kind) {
-          if (kinds >> kind & 1u) k.make_operand(kind, rows_[t], n, operands_[kind][t]);
-        }
+        k.make_operand(rows_[t], n, operands_[t]);
       }
     });
   }
   const std::byte* row(int t) const noexcept { return rows_[t]; }
-  const std::byte* operand(int kind, int t) const noexcept { return operands_[kind][t]; }
+  const std::byte* operand(int t) const noexcept { return operands_[t]; }
 
  private:
-  Scratch row_scratch_, operand_scratch_[max_operand_kinds];
-  Scratch::Pieces rows_{}, operands_[max_operand_kinds]{};
+  Scratch row_scratch_, operand_scratch_;
+  Scratch::Pieces rows_{}, operands_{};
 };
 
 class Linear {
@@ -153,19 +145,16 @@ class Linear {
   void operator()(const Kernels& k, const Team& team, const HostTensor& x, std::span<const Item> items) {
     const int T = x.n_rows, D = x.n_cols;
     if (T == 0) return;
-    unsigned kinds = 0;
     bool any_quantised = false, any_f8 = false;
     for (const Item& item : items) {
       any_f8 |= item.weight.type == DType::f8_e4m3;
-      if (!info(item.weight.type).quantised) continue;
-      any_quantised = true;
-      kinds |= 1u << k.operand_kind[index(item.weight.type)];
+      any_quantised |= info(item.weight.type).quantised;
     }
-    const bool strips = T >= strip_tokens;
+    const bool strips = T > k.row_tokens;
     if (any_quantised && strips)
       pack_panels(k, team, x);
     else if (any_quantised)
-      quantized_.prepare(k, team, x.data, x.stride, T, D, kinds);
+      quantized_.prepare(k, team, x.data, x.stride, T, D);
 
     shares_.clear();
     std::int64_t work = 0;
@@ -176,9 +165,9 @@ class Linear {
     }
     const Scratch::Pieces strip =
         strip_scratch_.pieces(static_cast<std::size_t>(team.size()), any_quantised && strips ? k.strip_bytes(D) : 0);
-    const Scratch::Pieces expanded =
-        expanded_scratch_.pieces(static_cast<std::size_t>(team.size()),
-                                 any_f8 && strips ? sizeof(float) * row_chunk * static_cast<std::size_t>(D) : 0);
+    const Scratch::Pieces expanded = expanded_scratch_.pieces(
+        static_cast<std::size_t>(team.size()),
+        any_f8 && T >= expand_tokens ? sizeof(float) * row_chunk * static_cast<std::size_t>(D) : 0);
     team.run(work, [&](int thread, int threads) {
       shares_.mine(thread, threads, [&](int i, int begin, int end) {
         const Item& item = items[static_cast<std::size_t>(i)];
@@ -229,13 +218,12 @@ class Linear {
 
   void few_tokens(const Kernels& k, const Item& item, int T, int begin, int end) const noexcept {
     const auto type = index(item.weight.type);
-    const std::byte* rows[row_chunk];
+    const std::byte *rows[row_chunk], *operands[max_row_tokens];
+    for (int t = 0; t < T; ++t) operands[t] = quantized_.operand(t);
     for (int r = begin; r < end; r += row_chunk) {
       const int n = std::min(row_chunk, end - r);
       row_pointers(item.weight, r, n, rows);
-      for (int t = 0; t < T; ++t) {
-        k.row_product[type](rows, n, item.weight.cols, quantized_.operand(k.operand_kind[type], t), item.y.row(t) + r);
-      }
+      k.row_product[type](rows, n, item.weight.cols, operands, T, item.y.row(0) + r, item.y.stride);
     }
   }
 

@@ -42,30 +42,49 @@ inline void quantize(const float* x, int n, std::byte* row) noexcept {
   }
 }
 
-// y[r] = w[r] . x for any type and ISA: a block is unpacked to int8 in L1, then multiplied 32 weights at a time.
-template <class Type>
-void row_product(const std::byte* const* w, int rows, int n, const std::byte* operand, float* y) noexcept {
-  const RowParts x = row_parts(operand, n);
+// y[t, r] = w[r] . x[t] for any type and ISA: a block is unpacked to int8 in L1, then multiplied 32 weights at a time.
+template <class Type, int T>
+void plain_rows(const std::byte* const* w, int rows, int n, const std::byte* const* operands, float* y,
+                std::ptrdiff_t y_stride) noexcept {
+  RowParts x[T];
+  for (int t = 0; t < T; ++t) x[t] = row_parts(operands[t], n);
   for (int r = 0; r < rows; ++r) {
     const std::byte* p = w[r];
-    Dot32 dot;
-    float minima = 0;
+    Dot32 dot[T];
+    float minima[T] = {};
     for (int i = 0; i < n; i += Type::elements, p += Type::bytes) {
       alignas(64) std::int8_t q[Type::elements];
       float scale[16], min[16];
       Type::unpack(p, q, scale, min);
       for (int j = 0; j < Type::elements; j += 32) {
         const int g = j / Type::group;
-        const float d = x.d[(i + j) / 32];
-        dot.add(q + j, x.q + i + j, scale[g] * d, scale[g + (32 / Type::group - 1)] * d);
-        if constexpr (Type::has_min && Type::group == 32)
-          minima += min[g] * (x.s[(i + j) / 16] + x.s[(i + j) / 16 + 1]);
-        if constexpr (Type::has_min && Type::group == 16)
-          minima += min[g] * x.s[(i + j) / 16] + min[g + 1] * x.s[(i + j) / 16 + 1];
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const float d = x[t].d[(i + j) / 32], *s = x[t].s + (i + j) / 16;
+          dot[t].add(q + j, x[t].q + i + j, scale[g] * d, scale[g + (32 / Type::group - 1)] * d);
+          if constexpr (Type::has_min && Type::group == 32) minima[t] += min[g] * (s[0] + s[1]);
+          if constexpr (Type::has_min && Type::group == 16) minima[t] += min[g] * s[0] + min[g + 1] * s[1];
+        }
       }
     }
-    y[r] = dot.total() - minima;
+    for (int t = 0; t < T; ++t) y[t * y_stride + r] = dot[t].total() - minima[t];
   }
+}
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// Calls f(Count<n>, first token) for pieces of n <= 4 tokens: so many sums find registers.
+template <class F>
+QWEN3NEXT_FORCE_INLINE void for_few_tokens(int T, F f) noexcept {
+  int t = 0;
+  for (; T - t > 4; t += T - t == 5 ? 3 : 4) T - t == 5 ? f(Count<3>{}, t) : f(Count<4>{}, t);
+  if (T - t == 4) f(Count<4>{}, t);
+  if (T - t == 3) f(Count<3>{}, t);
+  if (T - t == 2) f(Count<2>{}, t);
+  if (T - t == 1) f(Count<1>{}, t);
 }
 
 }  // namespace QWEN3NEXT_KERNEL_UNIT
