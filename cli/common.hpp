@@ -48,6 +48,12 @@ inline void add_mtp_file_option(CLI::App& command, std::string& path) {
 }
 
 // MODEL and how to compute with it.
+inline CLI::Option* add_yarn_option(CLI::App& command, double& factor) {
+  return command.add_option("--yarn", factor, "Extend the model's length by this factor (YaRN), 1M from 262144: 4")
+      ->option_text("FACTOR")
+      ->check(CLI::Range(1., 1024.));
+}
+
 inline void add_model_options(CLI::App& command, ModelOptions& o) {
   command.add_option("MODEL", o.path, std::string(model_help))->required()->option_text(" ");
   add_mtp_file_option(command, o.mtp_path);
@@ -62,10 +68,7 @@ inline void add_model_options(CLI::App& command, ModelOptions& o) {
       ->option_text("N [0]")
       ->check(CLI::NonNegativeNumber)
       ->group("Computing");
-  command.add_option("--yarn", o.yarn, "Extend the model's length by this factor (YaRN), 1M from 262144: 4")
-      ->option_text("FACTOR")
-      ->check(CLI::Range(1., 1024.))
-      ->group("Computing");
+  add_yarn_option(command, o.yarn)->group("Computing");
   command.add_option("--memory", o.memory, "auto: weights are mapped, the system keeps what fits; no other value yet")
       ->option_text("SIZE [auto]")
       ->group("Computing");

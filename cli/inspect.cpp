@@ -11,6 +11,7 @@ namespace {
 struct InspectOptions {
   std::string path, mtp_path, kv = "f16";
   std::int64_t context = 0;
+  double yarn = 0;
   bool json = false, tensors = false;
 };
 
@@ -27,6 +28,7 @@ void add_inspect(CLI::App& app) {
   command.add_option("--kv", o->kv, "Type of the KV cache in the plan: f16, f32 or q8_0")
       ->option_text("TYPE [f16]")
       ->check(CLI::IsMember({"f16", "f32", "q8_0"}));
+  add_yarn_option(command, o->yarn);
   CLI::Option* json = command.add_flag("--json", o->json, "All of it as JSON, every tensor included");
   command.add_flag("--tensors", o->tensors, "A line for every tensor: file, offset, alignment, bytes, type, shape")
       ->excludes(json);
@@ -34,7 +36,7 @@ void add_inspect(CLI::App& app) {
       command,
       "qwen3next inspect model.gguf --ctx 32768\n\nOpens and checks the files as running would, but computes nothing.");
   command.callback([o] {
-    const Inspection inspection = inspect_model(o->path, o->mtp_path, o->context, *kv_type(o->kv));
+    const Inspection inspection = inspect_model(o->path, o->mtp_path, o->yarn, o->context, *kv_type(o->kv));
     o->json ? print_json(inspection) : o->tensors ? print_tensors(inspection) : print_text(inspection);
   });
 }

@@ -159,8 +159,10 @@ std::uint64_t alignment(std::uint64_t offset) {
 
 std::string_view name(KvType kv) { return kv == KvType::f16 ? "f16" : kv == KvType::f32 ? "f32" : "q8_0"; }
 
-Inspection inspect_model(const std::string& path, const std::string& mtp_path, std::int64_t context, KvType kv) {
+Inspection inspect_model(const std::string& path, const std::string& mtp_path, double yarn, std::int64_t context,
+                         KvType kv) {
   Inspection i{.checkpoint = Checkpoint::open(file_path(path), file_path(mtp_path)), .kv = kv, .context = context};
+  if (yarn != 0) i.checkpoint.config.extend_context(yarn);
   const Config& c = i.checkpoint.config;
   const std::int64_t longest = c.max_position_embeddings;
   if (context > longest) throw_error("--ctx is ", context, ", expected at most ", longest, ", this model's length");

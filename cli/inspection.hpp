@@ -91,8 +91,9 @@ struct Inspection {
   }
 };
 
-// Opens and checks the files as running would.  `context` 0: the model's length.
-Inspection inspect_model(const std::string& path, const std::string& mtp_path, std::int64_t context, KvType kv);
+// Opens and checks the files as running would.  `context` 0: the model's length, extended by `yarn` unless that is 0.
+Inspection inspect_model(const std::string& path, const std::string& mtp_path, double yarn, std::int64_t context,
+                         KvType kv);
 
 // The largest power of two that divides an offset, at most 4096: what the loader and O_DIRECT care about.
 std::uint64_t alignment(std::uint64_t offset);

@@ -13,14 +13,7 @@ namespace qwen3next {
 QWEN3NEXT_INLINE Model Model::open(const std::filesystem::path& path, const Options& options) {
   auto shared = std::make_shared<Shared>(Checkpoint::open(path, options.mtp_path));
   Config& config = shared->checkpoint.config;
-  if (options.yarn_factor != 0) {
-    if (config.yarn) config.max_position_embeddings = config.yarn->original_max_position_embeddings;
-    config.yarn =
-        YarnScaling{.factor = options.yarn_factor, .original_max_position_embeddings = config.max_position_embeddings};
-    config.validate("yarn_factor");
-    config.max_position_embeddings =
-        static_cast<std::int64_t>(static_cast<double>(config.max_position_embeddings) * options.yarn_factor);
-  }
+  if (options.yarn_factor != 0) config.extend_context(options.yarn_factor);
   shared->engine = make_engine(config, shared->checkpoint.weights, {options.backend, options.isa, options.threads});
   Model model;
   model.shared_ = std::move(shared);

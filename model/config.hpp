@@ -77,6 +77,10 @@ struct Config {
   // Throws Error naming the first value that no Qwen3-Next can have.  Every size is bounded, so that products of any
   // three dimensions fit 64 bits and row counts fit an int.
   void validate(std::string_view source) const;
+
+  // YaRN to `factor` times the length that the model was trained on, in place of what the files say.  Throws Error
+  // unless it is 1..1024.
+  void extend_context(double factor);
 };
 
 // Every `interval`-th layer attends fully, the others are Gated DeltaNets.
@@ -126,6 +130,13 @@ inline void Config::validate(std::string_view source) const {
     in_range("original_max_position_embeddings", yarn->original_max_position_embeddings, 1, std::int64_t{1} << 30);
     if (!(yarn->beta_fast > 0 && yarn->beta_slow > 0)) fail("rope_scaling beta_fast", yarn->beta_fast, "more than 0");
   }
+}
+
+inline void Config::extend_context(double factor) {
+  if (yarn) max_position_embeddings = yarn->original_max_position_embeddings;
+  yarn = YarnScaling{.factor = factor, .original_max_position_embeddings = max_position_embeddings};
+  validate("yarn_factor");
+  max_position_embeddings = static_cast<std::int64_t>(static_cast<double>(max_position_embeddings) * factor);
 }
 
 // The angles of rotary embedding: dims i and i + rotary_pairs of a head turn by position * frequency[i].

@@ -95,6 +95,10 @@ for model in models:
 # Without a tied head, scales and the like, what is stored is what is counted.
 j = json.loads(run(release, "--json"))
 check("all parameters are stored values", j["parameters"]["total"] == sum(t["values"] for t in j["types"]))
+longer = json.loads(run(release, "--json", "--yarn", "4"))["config"]
+check("YaRN: a longer model", longer["max_position_embeddings"] == 4 * j["config"]["max_position_embeddings"])
+check("YaRN: its factor", longer["yarn"]["factor"] == 4)
+check("YaRN: a factor that is none", "yarn" in run(release, "--yarn", "0.5", expect=2))
 mtp = next(r for r in j["roles"] if r["role"] == "mtp")
 check("those of the MTP head, too", j["parameters"]["mtp"] == mtp["values"])
 check("a problem: no tokenizer", any("tokenizer" in p for p in j["problems"]))
