@@ -1,53 +1,20 @@
 #pragma once
 // What a sequence keeps in host memory between calls: shared by the reference and the cpu backend.
 
+#include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <new>
+#include <utility>
 #include <vector>
 
+#include "backends/aligned_bytes.hpp"
 #include "backends/backend.hpp"
 #include "blocks/dtype.hpp"
 
 namespace qwen3next {
-
-// Bytes on a cache line boundary, zeroed; a value: copying copies the bytes.
-class AlignedBytes {
- public:
-  static constexpr std::size_t alignment = 64;
-  // For what is written before it is read: of a large piece, only what is used takes memory.
-  struct Uncleared {};
-
-  AlignedBytes() = default;
-  explicit AlignedBytes(std::size_t size) : AlignedBytes(size, Uncleared()) {
-    if (size > 0) std::memset(data_.get(), 0, size);
-  }
-  AlignedBytes(std::size_t size, Uncleared)
-      : data_(static_cast<std::byte*>(::operator new (size, std::align_val_t{alignment}))), size_(size) {}
-  AlignedBytes(const AlignedBytes& other) : AlignedBytes(other.size_, Uncleared()) {
-    if (size_ > 0) std::memcpy(data_.get(), other.data_.get(), size_);
-  }
-  AlignedBytes(AlignedBytes&&) noexcept = default;
-  AlignedBytes& operator=(AlignedBytes other) noexcept {
-    data_ = std::move(other.data_);
-    size_ = other.size_;
-    return *this;
-  }
-  std::byte* data() noexcept { return data_.get(); }
-  const std::byte* data() const noexcept { return data_.get(); }
-  float* floats() noexcept { return reinterpret_cast<float*>(data_.get()); }
-  const float* floats() const noexcept { return reinterpret_cast<const float*>(data_.get()); }
-  std::size_t size() const noexcept { return size_; }
-
- private:
-  struct Free {
-    void operator()(std::byte* p) const noexcept { ::operator delete (p, std::align_val_t{alignment}); }
-  };
-  std::unique_ptr<std::byte, Free> data_;
-  std::size_t size_ = 0;
-};
 
 // A DeltaNet layer's memory of a sequence, independent of its length.
 struct HostDeltaState {
@@ -63,6 +30,7 @@ struct HostDeltaState {
 
 // Keys and values of one attention layer and sequence, in blocks of 256 positions that copies of the cache share until
 // one of them writes.  In a block: for K then V, for each head, 256 rows of head_dim values of the cache's type.
+// Blocks are cut from slabs of up to a large page.
 class HostKvCache {
  public:
   static constexpr int block_positions = 256;
@@ -78,7 +46,7 @@ class HostKvCache {
 
   // Rows of 256 positions each, `row_bytes` apart.
   const std::byte* keys(std::int64_t block, int head) const noexcept {
-    return blocks_[static_cast<std::size_t>(block)]->data() + plane(head);
+    return blocks_[static_cast<std::size_t>(block)]->data + plane(head);
   }
   const std::byte* values(std::int64_t block, int head) const noexcept { return keys(block, head) + plane(heads_); }
 
@@ -87,24 +55,52 @@ class HostKvCache {
     const std::int64_t first = length_;
     length_ += count;
     if (first % block_positions != 0 && blocks_.back().use_count() > 1) {
-      blocks_.back() = std::make_shared<AlignedBytes>(*blocks_.back());
+      const std::shared_ptr<Block> shared = std::exchange(blocks_.back(), new_block());
+      std::memcpy(blocks_.back()->data, shared->data, block_bytes());
     }
     const std::size_t needed = static_cast<std::size_t>((length_ + block_positions - 1) / block_positions);
-    while (blocks_.size() < needed) blocks_.push_back(std::make_shared<AlignedBytes>(2 * plane(heads_)));
+    while (blocks_.size() < needed) blocks_.push_back(new_block());
     return first;
   }
   std::byte* key_row(std::int64_t position, int head) noexcept {
-    return blocks_[static_cast<std::size_t>(position / block_positions)]->data() + plane(head) +
+    return blocks_[static_cast<std::size_t>(position / block_positions)]->data + plane(head) +
            static_cast<std::size_t>(position % block_positions) * row_bytes_;
   }
   std::byte* value_row(std::int64_t position, int head) noexcept { return key_row(position, head) + plane(heads_); }
 
  private:
+  // Copies of a cache take their blocks from the same slab, perhaps on several threads.
+  struct Slab {
+    Slab(std::size_t blocks, std::size_t bytes) : memory(bytes, AlignedBytes::Uncleared()), count(blocks) {}
+    AlignedBytes memory;
+    std::size_t count;
+    std::atomic<std::size_t> used{0};
+  };
+  struct Block {
+    std::shared_ptr<Slab> slab;
+    std::byte* data;
+  };
+
   std::size_t plane(int heads) const noexcept {
     return static_cast<std::size_t>(heads) * static_cast<std::size_t>(block_positions) * row_bytes_;
   }
+  std::size_t block_bytes() const noexcept { return 2 * plane(heads_); }
 
-  std::vector<std::shared_ptr<AlignedBytes>> blocks_;
+  std::shared_ptr<Block> new_block() {
+    std::size_t at = slab_ ? slab_->used.fetch_add(1) : 0;
+    if (!slab_ || at >= slab_->count) {
+      // As much again as there is, up to a large page: little is left over in a short text.
+      const std::size_t most = std::max<std::size_t>(1, AlignedBytes::large_page / block_bytes());
+      const std::size_t blocks = std::clamp<std::size_t>(blocks_.size(), 1, most);
+      const bool whole = blocks == most && most > 1;
+      slab_ = std::make_shared<Slab>(blocks, whole ? AlignedBytes::large_page : blocks * block_bytes());
+      at = slab_->used.fetch_add(1);
+    }
+    return std::make_shared<Block>(Block{slab_, slab_->memory.data() + at * block_bytes()});
+  }
+
+  std::vector<std::shared_ptr<Block>> blocks_;
+  std::shared_ptr<Slab> slab_;
   std::int64_t length_ = 0;
   int heads_ = 0;
   std::size_t row_bytes_ = 0;

@@ -257,6 +257,43 @@ TEST_CASE("attention: peaked and flat scores") {
   });
 }
 
+TEST_CASE("copies of a cache share the past and nothing else") {
+  for (int past : {0, 1, 255, 256, 257, 1500}) {
+    CAPTURE(past);
+    HostKvCache cache({2, 2, 32}, KvType::f32);
+    auto append = [](HostKvCache& c, int count, float value) {
+      for (std::int64_t p = c.extend(count); p < c.length(); ++p) {
+        for (int h = 0; h < 2; ++h) {
+          store(c.key_row(p, h), value);
+          store(c.value_row(p, h), -value);
+        }
+      }
+    };
+    append(cache, past, 1);
+    HostKvCache a = cache, b = cache;
+    append(a, 300, 2);
+    append(b, 300, 3);
+    append(cache, 300, 4);
+    HostKvCache c = a;
+    append(a, 900, 5);
+    append(c, 900, 6);
+    auto holds = [](HostKvCache& x, std::int64_t begin, std::int64_t end, float value) {
+      for (std::int64_t p = begin; p < end; ++p) {
+        for (int h = 0; h < 2; ++h) {
+          if (load<float>(x.key_row(p, h)) != value || load<float>(x.value_row(p, h)) != -value) return false;
+        }
+      }
+      return true;
+    };
+    for (HostKvCache* x : {&cache, &a, &b, &c}) CHECK(holds(*x, 0, past, 1));
+    CHECK(holds(cache, past, past + 300, 4));
+    CHECK(holds(b, past, past + 300, 3));
+    CHECK(holds(a, past, past + 300, 2));
+    CHECK(holds(a, past + 300, past + 1200, 5));
+    CHECK(holds(c, past + 300, past + 1200, 6));
+  }
+}
+
 TEST_CASE("a q8_0 cache refuses heads that are not whole blocks") {
   CpuBackend be = cpu_backend("", 1, KvType::q8_0);
   CHECK_THROWS_AS(be.kv_cache({4, 2, 40}), Error);

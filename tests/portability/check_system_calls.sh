@@ -4,6 +4,7 @@
 # What differs between operating systems stays in a few files, each with a plain way for systems that it does not know.
 # A new file on this list is a new place to port: rather extend one.
 owners='
+backends/aligned_bytes.hpp  large pages
 backends/cpu/processor.hpp  instruction sets
 bench/bandwidth.hpp         size of the last cache
 cli/interrupt.hpp           Ctrl-C
