@@ -76,12 +76,14 @@ struct Count {
   static constexpr int value = n;
 };
 
-// Calls f(Count<n>, first token) for pieces of n <= 4 tokens: so many sums find registers.
-template <class F>
-QWEN3NEXT_FORCE_INLINE void for_few_tokens(int T, F f) noexcept {
+// Calls f(Count<n>, first token) for pieces of n tokens, 1 to 4 or `most`: the sums of so many find registers.
+template <int most, class F>
+QWEN3NEXT_FORCE_INLINE void in_pieces(int T, F f) noexcept {
   int t = 0;
-  for (; T - t > 4; t += T - t == 5 ? 3 : 4) T - t == 5 ? f(Count<3>{}, t) : f(Count<4>{}, t);
-  if (T - t == 4) f(Count<4>{}, t);
+  for (; T - t >= most; t += most) f(Count<most>{}, t);
+  if constexpr (most > 4) {
+    if (T - t >= 4) f(Count<4>{}, t), t += 4;
+  }
   if (T - t == 3) f(Count<3>{}, t);
   if (T - t == 2) f(Count<2>{}, t);
   if (T - t == 1) f(Count<1>{}, t);

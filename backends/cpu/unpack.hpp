@@ -224,23 +224,20 @@ struct Q2_K {
   }
 };
 
-// The 6-bit scales of Q3_K: low nibbles from bytes 0..7 (low, then high nibbles), top bit pairs from bytes 8..11.
-QWEN3NEXT_FORCE_INLINE void unpack_scales_k3(const std::byte* p, std::uint8_t* sc) noexcept {
-  const std::uint32_t a = peek<std::uint32_t>(p), b = peek<std::uint32_t>(p + 4), c = peek<std::uint32_t>(p + 8);
-  const std::uint32_t words[4] = {
-      (a & 0x0f0f0f0fu) | (c << 4 & 0x30303030u), (b & 0x0f0f0f0fu) | (c << 2 & 0x30303030u),
-      (a >> 4 & 0x0f0f0f0fu) | (c & 0x30303030u), (b >> 4 & 0x0f0f0f0fu) | (c >> 2 & 0x30303030u)};
-  std::memcpy(sc, words, 16);
-}
-
 struct Q3_K {
   static constexpr int elements = 256, bytes = 110, group = 16;
   static constexpr bool has_min = false, wide = false;
 
   static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
     const float d = half_at(p + 108);
+    // Low nibbles from bytes 0..7 (low, then high nibbles), top bit pairs from bytes 8..11.
+    const std::uint32_t a = peek<std::uint32_t>(p + 96), b = peek<std::uint32_t>(p + 100),
+                        c = peek<std::uint32_t>(p + 104);
+    const std::uint32_t words[4] = {
+        (a & 0x0f0f0f0fu) | (c << 4 & 0x30303030u), (b & 0x0f0f0f0fu) | (c << 2 & 0x30303030u),
+        (a >> 4 & 0x0f0f0f0fu) | (c & 0x30303030u), (b >> 4 & 0x0f0f0f0fu) | (c >> 2 & 0x30303030u)};
     std::uint8_t sc[16];
-    unpack_scales_k3(p + 96, sc);
+    std::memcpy(sc, words, 16);
     for (int g = 0; g < 16; ++g) scale[g] = d * static_cast<float>(sc[g] - 32);
     for (int n = 0; n < 2; ++n) {
       for (int j = 0; j < 4; ++j) {
