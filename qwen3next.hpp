@@ -79,6 +79,7 @@ struct SessionOptions {
 };
 
 class Session;
+struct Turn;
 
 // A model's files, mapped and bound to a backend.  Immutable: any number of threads may use one at the same time.
 // Copies share everything; the files stay mapped until the last copy and session are gone.
@@ -209,6 +210,7 @@ class Session {
 
  private:
   friend class Model;
+  friend void decode_together(std::span<Turn> turns);
   Session(Model model, std::int64_t context, std::unique_ptr<Timeline> timeline)
       : model_(std::move(model)), context_(context), timeline_(std::move(timeline)) {
     tokens_.reserve(static_cast<std::size_t>(std::min<std::int64_t>(context, 1 << 14)));  // decoding allocates nothing
@@ -222,8 +224,23 @@ class Session {
   std::int64_t context_;
   std::unique_ptr<Timeline> timeline_;
   std::vector<std::int32_t> tokens_;
-  std::vector<float> logits_;  // those that follow the last token
+  std::vector<float> logits_;         // those that follow the last token
+  std::vector<TimelineTurn> turns_;  // of decode_together(), if this session is the first
 };
+
+// What a session is to read together with others, and the logits that follow.
+struct Turn {
+  Session* session;
+  std::span<const std::int32_t> tokens;  // one, or more if it still reads its prompt
+  std::span<const float> logits{};       // [vocab_size], set by decode_together(); valid until the session's next call
+};
+
+// Session::prefill() of several sessions of one Model in the same forward passes: weights are read once for all, so that
+// 8 sequences take much less time than 8 times one.  Each gets what it would get alone, up to rounding.  Passes have as
+// many rows as the first session's `batch`.  All sessions belong to the caller's thread meanwhile.
+// Throws Error if the turns are of different models, name a session twice, do not fit a context or are not in the
+// vocabulary; nothing has changed then.
+void decode_together(std::span<Turn> turns);
 
 }  // namespace qwen3next
 

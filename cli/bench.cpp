@@ -1,51 +1,32 @@
 // bench: speed, beside what the machine's memory would allow.
 
+#include "cli/bench.hpp"
+
 #include "bench/bandwidth.hpp"
-
-#include <random>
-
 #include "cli/commands.hpp"
-#include "cli/common.hpp"
 #include "cli/progress.hpp"
 #include "model/traffic.hpp"
 
 namespace qwen3next::cli {
 
+using nlohmann::ordered_json;
+
 namespace {
-
-struct BenchOptions {
-  ModelOptions model;
-  std::int64_t prefill = 512, decode = 128;
-  std::vector<std::int64_t> depths{0};
-  int repeats = 3;
-  bool json = false;
-};
-
-struct Result {
-  std::string kind;
-  std::int64_t tokens, depth;
-  std::vector<double> samples;  // tokens per second
-  double bytes_per_token;
-
-  double median() const {
-    std::vector<double> s = samples;
-    std::sort(s.begin(), s.end());
-    const std::size_t middle = s.size() / 2;
-    return s.size() % 2 ? s[middle] : (s[middle - 1] + s[middle]) / 2;
-  }
-};
 
 class Bench {
  public:
   Bench(const Model& model, const BenchOptions& o)
       : o_(o),
         session_(model.session(options_for(model, o))),
-        kv_(kv_type(o.model.kv).value_or(o.model.backend == "reference" ? KvType::f32 : KvType::f16)) {}
+        kv_(kv_type(o.model.kv).value_or(o.model.backend == "reference" ? KvType::f32 : KvType::f16)),
+        random_tokens_(model.config()) {}
 
-  std::vector<Result> run() {
+  KvType kv() const noexcept { return kv_; }
+
+  std::vector<BenchResult> run() {
     const Interruptible scope;
     warm_up();
-    std::vector<Result> results;
+    std::vector<BenchResult> results;
     Snapshot at_depth = session_.snapshot();
     for (const std::int64_t depth : o_.depths) {
       if (depth < at_depth.position()) {
@@ -75,20 +56,13 @@ class Bench {
     return options;
   }
 
-  std::vector<std::int32_t> random_tokens(std::int64_t n) {
-    std::vector<std::int32_t> tokens(static_cast<std::size_t>(n));
-    const auto vocabulary = static_cast<std::uint64_t>(session_.model().config().vocab_size);
-    for (std::int32_t& token : tokens) token = static_cast<std::int32_t>(random_() % vocabulary);
-    return tokens;
-  }
-
   void read(std::span<const std::int32_t> tokens) {
     session_.prefill(tokens, [](std::int64_t, std::int64_t) { return !interrupted(); });
   }
 
   // Maps the pages, starts the threads.
   void warm_up() {
-    read(random_tokens(std::clamp<std::int64_t>(o_.prefill, 1, std::min<std::int64_t>(64, session_.context()))));
+    read(random_tokens_(std::clamp<std::int64_t>(o_.prefill, 1, std::min<std::int64_t>(64, session_.context()))));
     session_.reset();
   }
 
@@ -96,7 +70,7 @@ class Bench {
     const std::int64_t missing = depth - static_cast<std::int64_t>(session_.tokens().size());
     if (missing == 0) return;
     Progress progress("reading up to depth " + count_text(depth), Progress::Unit::tokens);
-    session_.prefill(random_tokens(missing), [&](std::int64_t done, std::int64_t total) {
+    session_.prefill(random_tokens_(missing), [&](std::int64_t done, std::int64_t total) {
       progress.update(done, total);
       return !interrupted();
     });
@@ -107,7 +81,7 @@ class Bench {
     std::vector<double> samples;
     for (int i = 0; i < o_.repeats; ++i) {
       session_.restore(from);
-      const std::vector<std::int32_t> input = random_tokens(tokens);
+      const std::vector<std::int32_t> input = random_tokens_(tokens);
       const auto start = std::chrono::steady_clock::now();
       work(input);
       samples.push_back(static_cast<double>(tokens) / seconds_since(start));
@@ -115,16 +89,20 @@ class Bench {
     return samples;
   }
 
-  Result prefill(const Snapshot& from) {
+  BenchResult prefill(const Snapshot& from) {
     const std::int64_t n = o_.prefill, depth = from.position(), batch = o_.model.batch;
     double bytes = 0;
     for (std::int64_t done = 0; done < n; done += batch)
       bytes += traffic(std::min(batch, n - done), static_cast<double>(depth + done));
-    return {"prefill", n, depth, measure(from, n, [&](const auto& input) { read(input); }),
+    return {"prefill",
+            n,
+            depth,
+            1,
+            measure(from, n, [&](const auto& input) { read(input); }),
             bytes / static_cast<double>(n)};
   }
 
-  Result decode(const Snapshot& from) {
+  BenchResult decode(const Snapshot& from) {
     const std::int64_t n = o_.decode, depth = from.position();
     auto steps = [&](const auto& input) {
       for (const std::int32_t token : input) {
@@ -133,7 +111,7 @@ class Bench {
       }
     };
     const double middle = static_cast<double>(depth) + static_cast<double>(n - 1) / 2;  // traffic is linear in depth
-    return {"decode", n, depth, measure(from, n, steps), traffic(1, middle)};
+    return {"decode", n, depth, 1, measure(from, n, steps), traffic(1, middle)};
   }
 
   double traffic(std::int64_t tokens, double depth) const {
@@ -144,47 +122,64 @@ class Bench {
   const BenchOptions& o_;
   Session session_;
   KvType kv_;
-  std::mt19937_64 random_{1};  // the same tokens every time
+  RandomTokens random_tokens_;
 };
 
-void print_json(const Model& model, const BenchOptions& o, double bandwidth, const std::vector<Result>& results) {
-  ordered_json json{{"read_bandwidth_gb_s", bandwidth / 1e9},
-                    {"model", o.model.path},
-                    {"backend", model.backend_description()},
-                    {"repeats", o.repeats},
-                    {"results", ordered_json::array()}};
-  for (const Result& r : results) {
+void print_json(const Model& model, const BenchOptions& o, const Roofs& roofs, const std::vector<BenchResult>& results,
+                const std::vector<OpsResult>& ops) {
+  ordered_json json{{"read_bandwidth_gb_s", roofs.bandwidth / 1e9}};
+  if (o.ops) {
+    json["integer_gmac_s"] = roofs.integer_macs / 1e9;
+    json["floating_gmac_s"] = roofs.floating_macs / 1e9;
+  }
+  json.update({{"model", o.model.path},
+               {"backend", model.backend_description()},
+               {"repeats", o.repeats},
+               {"results", ordered_json::array()}});
+  for (const BenchResult& r : results) {
     json["results"].push_back({{"kind", r.kind},
+                               {"sequences", r.sequences},
                                {"tokens", r.tokens},
                                {"depth", r.depth},
                                {"tokens_per_second", r.median()},
                                {"bytes_per_token", r.bytes_per_token},
-                               {"percent_of_roof", 100 * r.median() * r.bytes_per_token / bandwidth},
+                               {"percent_of_roof", 100 * r.median() * r.bytes_per_token / roofs.bandwidth},
                                {"samples", r.samples}});
   }
+  if (o.ops) json["operations"] = operations_json(ops, roofs);
   std::cout << json.dump(2) << "\n";
 }
 
-void print_table(const Model& model, double bandwidth, const std::vector<Result>& results) {
+void print_table(const Model& model, const BenchOptions& o, const Roofs& roofs, const std::vector<BenchResult>& results,
+                 const std::vector<OpsResult>& ops) {
   const Style style(stdout);
-  std::cout << model.backend_description() << "; memory read at " << format("%.1f GB/s", bandwidth / 1e9) << "\n"
-            << style.bold() << format("%-14s %8s %10s %12s %8s", "what", "depth", "tokens/s", "MB/token", "% roof")
+  std::cout << model.backend_description() << "; memory read at " << format("%.1f GB/s", roofs.bandwidth / 1e9) << "\n"
+            << style.bold() << format("%-18s %8s %10s %12s %8s", "what", "depth", "tokens/s", "MB/token", "% roof")
             << style.reset() << "\n";
-  for (const Result& r : results) {
-    const std::string what = r.kind + " " + std::to_string(r.tokens);
-    std::cout << format("%-14s %8lld %10s %12.3f %8.1f\n", what.c_str(), static_cast<long long>(r.depth),
+  for (const BenchResult& r : results) {
+    std::string what = r.kind + " " + std::to_string(r.tokens);
+    if (r.kind == "parallel") what = "decode " + std::to_string(r.sequences) + " x " + std::to_string(r.tokens);
+    std::cout << format("%-18s %8lld %10s %12.3f %8.1f\n", what.c_str(), static_cast<long long>(r.depth),
                         rate_text(r.median()).c_str(), r.bytes_per_token / 1e6,
-                        100 * r.median() * r.bytes_per_token / bandwidth);
+                        100 * r.median() * r.bytes_per_token / roofs.bandwidth);
   }
+  if (o.ops) print_operations(ops, roofs);
 }
 
 void bench(const BenchOptions& o) {
   if (o.prefill == 0 && o.decode == 0) throw CLI::ValidationError("-p and -n", "both are 0: nothing to measure");
+  if (o.decode == 0 && !o.parallel.empty()) throw CLI::ValidationError("--parallel", "needs -n of at least 1");
+  if (o.model.backend != "cpu" && (o.ops || !o.parallel.empty()))
+    throw CLI::ValidationError("--ops and --parallel", "measure the cpu backend alone");
   const Model model = open_model(o.model);
   Bench bench(model, o);
-  const double bandwidth = measure_read_bandwidth();
-  const std::vector<Result> results = bench.run();
-  o.json ? print_json(model, o, bandwidth, results) : print_table(model, bandwidth, results);
+  Roofs roofs{.bandwidth = measure_read_bandwidth()};
+  std::vector<BenchResult> results = bench.run();
+  TracedResults traced;
+  if (o.ops || !o.parallel.empty()) traced = run_traced(model, o, bench.kv());
+  results.insert(results.end(), traced.parallel.begin(), traced.parallel.end());
+  if (o.ops) measure_peaks(roofs, o);
+  o.json ? print_json(model, o, roofs, results, traced.ops) : print_table(model, o, roofs, results, traced.ops);
 }
 
 }  // namespace
@@ -211,6 +206,13 @@ void add_bench(CLI::App& app) {
   command.add_option("-r,--repeats", o->repeats, "Runs of each; the median counts")
       ->option_text("N [3]")
       ->check(CLI::Range(1, 1000));
+  command
+      .add_option("--parallel", o->parallel, "Also decode so many sequences together, -n tokens each; several: 1,4,16")
+      ->option_text("N,N..")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{512}));
+  command.add_flag("--ops", o->ops, "Also the time, bytes and multiply-adds of every operation of a pass");
   command.add_flag("--json", o->json, "JSON instead of a table, with every run");
   add_example(
       command,
@@ -220,7 +222,10 @@ void add_bench(CLI::App& app) {
       "that depth, the DeltaNet states twice.  In prefill the weights are counted once per batch of tokens, and as\n"
       "many experts as uniform routing would touch: E (1 - (1 - k/E)^batch).  % of roof is tokens/s times\n"
       "bytes_per_token over the read bandwidth, measured on the spot with all processors; prefill computes more\n"
-      "than it reads, so there it is low.");
+      "than it reads, so there it is low.  --parallel counts the experts that the router picked, each once a step,\n"
+      "and the KV cache of each sequence (up to -d they share its memory).  --ops times the operations on the\n"
+      "calling thread, averages over a pass; an operation's roof is bytes over bandwidth or multiply-adds (mac) over\n"
+      "their measured peak, whichever takes longer; bytes that the caches hold may pass it.");
   command.callback([o] { bench(*o); });
 }
 

@@ -45,6 +45,35 @@ class BackendTimeline final : public Timeline {
     return be_.host(head(be_, w_.lm_head, a_, T - 1, 1));
   }
 
+  // Turns share passes of at most a_.max_rows rows, in their order; one that does not fit goes on in the next pass.
+  void append_together(std::span<const TimelineTurn> turns, const TurnSink& sink) override {
+    others_.clear();
+    for (const TimelineTurn& turn : turns) {
+      check(turn.tokens);
+      auto* other = dynamic_cast<BackendTimeline*>(turn.timeline);
+      if (!other || &other->w_ != &w_) throw Error("sessions of different models cannot share a pass");
+      if (std::find(others_.begin(), others_.end(), other) != others_.end())
+        throw Error("a session is named twice in one pass: give all its tokens in one turn");
+      others_.push_back(other);
+    }
+    std::size_t turn = 0, done = 0;  // the next token's place
+    while (turn < turns.size()) {
+      rows_.clear(), sequences_.clear();
+      const std::size_t first = turn;
+      while (turn < turns.size() && rows_.size() < static_cast<std::size_t>(a_.max_rows)) {
+        const std::span<const std::int32_t> rest = turns[turn].tokens.subspan(done);
+        const std::size_t n = std::min(rest.size(), static_cast<std::size_t>(a_.max_rows) - rows_.size());
+        SequenceState<B>& state = others_[turn]->state_;
+        sequences_.push_back({static_cast<int>(rows_.size()), static_cast<int>(n), state.position, &state});
+        rows_.insert(rows_.end(), rest.begin(), rest.begin() + static_cast<std::ptrdiff_t>(n));
+        done = n < rest.size() ? done + n : 0;
+        if (done == 0) ++turn;
+      }
+      forward<B>(be_, c_, w_, rows_, sequences_, a_);
+      give_last_logits(first, turn - first, sink);
+    }
+  }
+
   void append_all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) override {
     check(tokens);
     for (std::span<const std::int32_t> step : steps(tokens)) give_logits(w_.lm_head, step_forward(step), sink);
@@ -127,12 +156,28 @@ class BackendTimeline final : public Timeline {
     }
   }
 
+  // Of the first `count` sequences of a pass, which are turns `first` and on: rows that are neighbours share a product.
+  void give_last_logits(std::size_t first, std::size_t count, const TurnSink& sink) {
+    auto last_row = [&](std::size_t i) { return sequences_[i].begin + sequences_[i].count - 1; };
+    for (std::size_t i = 0, n = 0; i < count; i += n) {
+      for (n = 1; i + n < count && n < static_cast<std::size_t>(a_.max_logit_rows);) {
+        if (last_row(i + n) != last_row(i) + static_cast<int>(n)) break;
+        ++n;
+      }
+      auto logits = head(be_, w_.lm_head, a_, last_row(i), static_cast<int>(n));
+      for (std::size_t j = 0; j < n; ++j) sink(first + i + j, be_.host(logits.rows(static_cast<int>(j), 1)));
+    }
+  }
+
   B be_;
   KvType kv_;
   const Config& c_;
   const ModelWeights<B>& w_;
   SequenceState<B> state_;
   Activations<B> a_;
+  std::vector<BackendTimeline*> others_;  // of append_together(), like the next two: rows of a pass and whose they are
+  std::vector<std::int32_t> rows_;
+  std::vector<SequenceRows<B>> sequences_;
 };
 
 // `make_backend(KvType)` gives each timeline a backend instance of its own.

@@ -44,6 +44,17 @@ class TimelineSnapshot {
   virtual ~TimelineSnapshot() = default;
 };
 
+class Timeline;
+
+// What one of several timelines is to append in a common pass.
+struct TimelineTurn {
+  Timeline* timeline;
+  std::span<const std::int32_t> tokens;
+};
+
+// Given the logits [V] that follow the last token of turn `i`, valid until the sink returns.
+using TurnSink = std::function<void(std::size_t i, std::span<const float> logits)>;
+
 // One sequence and its scratch memory.  For one thread at a time.
 class Timeline {
  public:
@@ -52,6 +63,10 @@ class Timeline {
   // Appends tokens; returns the logits [V] of the last one, valid until the next call.  If `progress` stops it, throws
   // Cancelled; what was done until then stays (see position).
   virtual std::span<const float> append(std::span<const std::int32_t> tokens, const Progress& progress) = 0;
+
+  // Appends tokens to several timelines of one engine, each named once, as rows of the same passes and in this one's
+  // scratch memory: weights are read once for all.  Gives the logits of each turn's last token.
+  virtual void append_together(std::span<const TimelineTurn> turns, const TurnSink& sink) = 0;
 
   // Appends tokens and gives the logits of each of them.
   virtual void append_all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) = 0;

@@ -97,6 +97,22 @@ QWEN3NEXT_INLINE std::span<const float> Session::prefill(std::span<const std::in
   return logits_;
 }
 
+QWEN3NEXT_INLINE void decode_together(std::span<Turn> turns) {
+  if (turns.empty()) return;
+  std::vector<TimelineTurn>& parts = turns.front().session->turns_;
+  parts.clear();
+  for (const Turn& turn : turns) {
+    turn.session->check_room(turn.tokens.size());
+    parts.push_back({turn.session->timeline_.get(), turn.tokens});
+  }
+  parts.front().timeline->append_together(parts, [&](std::size_t i, std::span<const float> logits) {
+    Session& session = *turns[i].session;
+    session.logits_.assign(logits.begin(), logits.end());
+    session.tokens_.insert(session.tokens_.end(), turns[i].tokens.begin(), turns[i].tokens.end());
+    turns[i].logits = session.logits_;
+  });
+}
+
 QWEN3NEXT_INLINE Session::Synced Session::sync(std::span<const std::int32_t> tokens, const Progress& progress) {
   const std::size_t held = tokens_.size();
   const bool prefix = held <= tokens.size() && std::equal(tokens_.begin(), tokens_.end(), tokens.begin());

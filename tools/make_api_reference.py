@@ -28,7 +28,7 @@ SECTIONS = [
         ("model/config.hpp", ["Config", "LayerType", "YarnScaling"]),
     ]),
     ("Sessions", [
-        ("qwen3next.hpp", ["Session", "SessionOptions", "Snapshot"]),
+        ("qwen3next.hpp", ["Session", "SessionOptions", "Snapshot", "Turn", "decode_together"]),
         ("backends/backend.hpp", ["KvType"]),
         ("generate/engine.hpp", ["Progress", "LogitsSink"]),
     ]),

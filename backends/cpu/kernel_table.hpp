@@ -25,6 +25,11 @@ struct Kernels {
   int lanes;
   int max_panel;
 
+  // Multiply-adds at the processor's limit, out of registers, for a few microseconds; returns how many they were.  The
+  // sum of the results goes to `sink`.  See peak.hpp.
+  std::int64_t (*integer_peak)(float* sink) noexcept;
+  std::int64_t (*floating_peak)(float* sink) noexcept;
+
   // --- products with float weights: y[t, r] = w[r] . x[t], for rows at any address.  See float_product.hpp.
   using FloatProduct = void (*)(const std::byte* const* w, int rows, const float* x, std::ptrdiff_t x_stride, int T,
                                 int n, float* y, std::ptrdiff_t y_stride) noexcept;

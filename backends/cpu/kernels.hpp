@@ -20,6 +20,7 @@
 #include "backends/cpu/f8_product.hpp"
 #include "backends/cpu/float_product.hpp"
 #include "backends/cpu/kv_rows.hpp"
+#include "backends/cpu/peak.hpp"
 #include "backends/cpu/row_blocks_avx512.hpp"
 #include "backends/cpu/row_product.hpp"
 #include "backends/cpu/row_product_avx512.hpp"
@@ -48,6 +49,8 @@ constexpr Kernels make_table() {
   k.name = QWEN3NEXT_STRING(QWEN3NEXT_ISA);
   k.lanes = lanes;
   k.max_panel = max_panel;
+  k.integer_peak = integer_peak;
+  k.floating_peak = floating_peak;
   k.float_product[0] = float_product<DType::f32>;
   k.float_product[1] = float_product<DType::f16>;
   k.float_product[2] = float_product<DType::bf16>;

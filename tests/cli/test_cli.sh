@@ -322,6 +322,30 @@ assert decode[0] < decode[50] < decode[100]'
 try 0 bench "$release" -p 0 -n 4 -r 1
 prints "decode 4"
 check "no prefill" bash -c '! grep -q prefill out'
+try 0 bench "$release" -p 40 -n 6 -d 0,30 -r 2 --ops --parallel 1,3 --json
+python '
+import json
+b = json.load(open("out"))
+parallel = {(r["sequences"], r["depth"]): r for r in b["results"] if r["kind"] == "parallel"}
+decode = {r["depth"]: r for r in b["results"] if r["kind"] == "decode"}
+assert sorted(parallel) == [(1, 0), (1, 30), (3, 0), (3, 30)]
+for depth in (0, 30):
+    assert abs(parallel[1, depth]["bytes_per_token"] / decode[depth]["bytes_per_token"] - 1) < 1e-6
+    assert parallel[3, depth]["bytes_per_token"] < decode[depth]["bytes_per_token"]
+assert b["integer_gmac_s"] > 0 and b["floating_gmac_s"] > 0
+assert [(o["kind"], o["sequences"], o["depth"]) for o in b["operations"]] == \
+    [(k, s, d) for d in (0, 30) for k, s in (("prefill", 1), ("decode", 1), ("decode", 1), ("decode", 3))]
+for o in b["operations"]:
+    assert o["passes"] == (2 if o["kind"] == "prefill" else 12)
+    ops = o["operations"]
+    assert {"embed", "linear lm_head", "experts", "router", "attention", "gated_delta_rule"} <= {x["name"] for x in ops}
+    assert abs(sum(x["seconds"] for x in ops) / o["seconds"] - 1) < 1e-9 and ops[-1]["name"] == "between" and ops[-1]["seconds"] >= 0'
+try 0 bench "$release" -p 0 -n 4 -r 1 --ops --parallel 2
+prints "decode 2 x 4"
+prints "decode x2 at depth 0"
+prints "a pass"
+try 2 bench "$release" -p 4 -n 0 --parallel 2
+try 2 bench "$release" --backend reference --ops
 try 1 bench "$release" -n 4 -d 5000
 one_line
 try 0 inspect "$release"

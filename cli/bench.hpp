@@ -1,0 +1,87 @@
+#pragma once
+// What the parts of `bench` share: options, results, and the machine's limits.
+
+#include <algorithm>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "backends/traced_backend.hpp"
+#include "cli/common.hpp"
+
+namespace qwen3next::cli {
+
+struct BenchOptions {
+  ModelOptions model;
+  std::int64_t prefill = 512, decode = 128;
+  std::vector<std::int64_t> depths{0};
+  std::vector<std::int64_t> parallel;  // numbers of sequences
+  int repeats = 3;
+  bool ops = false, json = false;
+};
+
+// What the machine can do at most, all processors together.
+struct Roofs {
+  double bandwidth = 0;                        // bytes per second
+  double integer_macs = 0, floating_macs = 0;  // per second, with the kernels in use; 0: not measured
+
+  // The least time that this work can take, in seconds.
+  double seconds(const OpCost& c) const {
+    return std::max(c.bytes() / bandwidth, c.integer_macs / integer_macs + c.floating_macs / floating_macs);
+  }
+};
+
+// One line of the table: tokens per second of all sequences together.
+struct BenchResult {
+  std::string kind;  // prefill, decode or parallel
+  std::int64_t tokens, depth, sequences;
+  std::vector<double> samples;  // tokens per second
+  double bytes_per_token;
+
+  double median() const {
+    std::vector<double> s = samples;
+    std::sort(s.begin(), s.end());
+    const std::size_t middle = s.size() / 2;
+    return s.size() % 2 ? s[middle] : (s[middle - 1] + s[middle]) / 2;
+  }
+};
+
+// The operations of `passes` forward passes, all together.
+struct OpsResult {
+  std::string kind;
+  std::int64_t tokens, depth, sequences;
+  int passes;
+  double seconds;  // with what lies between the operations
+  std::vector<Trace::Op> ops;
+};
+
+// The same tokens every time.
+class RandomTokens {
+ public:
+  explicit RandomTokens(const Config& c) : vocabulary_(static_cast<std::uint64_t>(c.vocab_size)) {}
+  std::vector<std::int32_t> operator()(std::int64_t n) {
+    std::vector<std::int32_t> tokens(static_cast<std::size_t>(n));
+    for (std::int32_t& token : tokens) token = static_cast<std::int32_t>(random_() % vocabulary_);
+    return tokens;
+  }
+
+ private:
+  std::mt19937_64 random_{1};
+  std::uint64_t vocabulary_;
+};
+
+struct TracedResults {
+  std::vector<BenchResult> parallel;
+  std::vector<OpsResult> ops;
+};
+
+// What o.parallel and o.ops ask for, on a traced cpu backend (bench_traced.cpp).
+TracedResults run_traced(const Model& model, const BenchOptions& o, KvType kv);
+// The multiply-adds of the kernels that o names, on as many threads as it names.
+void measure_peaks(Roofs& roofs, const BenchOptions& o);
+
+void print_operations(const std::vector<OpsResult>& results, const Roofs& roofs);
+nlohmann::ordered_json operations_json(const std::vector<OpsResult>& results, const Roofs& roofs);
+
+}  // namespace qwen3next::cli
