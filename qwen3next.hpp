@@ -8,7 +8,7 @@
 //     session.generate("Why is the sky blue?", [](std::string_view s) { std::cout << s << std::flush; return true; });
 //   }
 //
-//   g++ -std=c++20 -O3 -march=native -fopenmp app.cpp -lutf8proc         (header only: kernels for this machine)
+//   g++ -std=c++20 -O3 -march=native -pthread app.cpp -lutf8proc         (header only: kernels for this machine)
 //
 // Model    a file or folder, opened: immutable, shared freely between threads.  Copies share it.
 // Session  one timeline: what was read and said so far.  One thread at a time.  Its recurrent state cannot be rewound:

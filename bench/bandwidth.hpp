@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "core/available_processors.hpp"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
@@ -36,7 +38,7 @@ inline std::uint64_t sum_of(const std::uint64_t* data, std::size_t n) noexcept {
 // Bytes per second, the best of several passes: `threads` threads (0: one per processor that this process may use) sum
 // a buffer much larger than the caches.  Takes about a second and half a gigabyte.
 inline double measure_read_bandwidth(int threads = 0, int passes = 7) {
-  if (threads <= 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  if (threads <= 0) threads = available_processors();
   std::size_t bytes = std::size_t{512} << 20;
 #ifdef _SC_LEVEL3_CACHE_SIZE
   if (const long l3 = ::sysconf(_SC_LEVEL3_CACHE_SIZE); l3 > 0)

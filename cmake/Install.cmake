@@ -22,10 +22,6 @@ install(FILES
   ${CMAKE_CURRENT_LIST_DIR}/RuntimeDependencies.cmake
   DESTINATION ${package_dir})
 
-set(QWEN3NEXT_PC_OPENMP "")
-if(QWEN3NEXT_OPENMP)
-  set(QWEN3NEXT_PC_OPENMP "${OpenMP_CXX_FLAGS} ")
-endif()
 file(RELATIVE_PATH QWEN3NEXT_PREFIX_FROM_PC
   ${CMAKE_INSTALL_PREFIX}/${CMAKE_INSTALL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
 configure_file(${CMAKE_CURRENT_LIST_DIR}/qwen3next.pc.in ${PROJECT_BINARY_DIR}/package/qwen3next.pc @ONLY)

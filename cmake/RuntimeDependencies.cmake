@@ -36,12 +36,4 @@ elseif(NOT TARGET qwen3next::utf8proc)
 endif()
 
 set(QWEN3NEXT_RUNTIME_LIBRARIES qwen3next::xsimd nlohmann_json::nlohmann_json qwen3next::utf8proc Threads::Threads)
-if(QWEN3NEXT_OPENMP)
-  find_package(OpenMP QUIET COMPONENTS CXX)
-  if(NOT OpenMP_CXX_FOUND)
-    list(APPEND QWEN3NEXT_MISSING
-      "OpenMP, threads (apt-get install g++, or libomp-dev for clang; or configure with -DQWEN3NEXT_OPENMP=OFF)")
-  endif()
-  list(APPEND QWEN3NEXT_RUNTIME_LIBRARIES OpenMP::OpenMP_CXX)
-endif()
 string(REPLACE ";" "\n  " QWEN3NEXT_MISSING "${QWEN3NEXT_MISSING}")

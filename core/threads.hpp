@@ -8,7 +8,7 @@
 namespace qwen3next {
 
 // `wanted`, or all of `processors` (at least one) if it is 0.  Throws Error beyond 256 or the processors, whichever is
-// more: OpenMP ends the program when it cannot have as many as asked for.
+// more: that many would be a mistake.
 inline int resolve_threads(int wanted, int processors) {
   const int all = std::max(1, processors), most = std::max(all, 256);
   if (wanted < 0 || wanted > most) throw_error("threads is ", wanted, ", expected 0 (all) to ", most);

@@ -33,7 +33,8 @@ QWEN3NEXT_INLINE std::unique_ptr<const Engine> make_engine(const Config& config,
                                                            const EngineOptions& options) {
   switch (options.backend) {
     case Backend::cpu: {
-      const CpuOptions cpu = resolve_cpu_options(options.isa, options.threads);
+      CpuOptions cpu = resolve_cpu_options(options.isa, options.threads);
+      cpu.team.emplace(cpu.threads);  // one for all sessions
       return detail::engine_of<CpuBackend>(
           config, weights, KvType::f16,
           [cpu](KvType kv) {

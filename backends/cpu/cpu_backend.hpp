@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,6 +22,7 @@
 #include "backends/host_state.hpp"
 #include "backends/host_tensor.hpp"
 #include "blocks/weight_view.hpp"
+#include "core/available_processors.hpp"
 #include "core/error.hpp"
 #include "core/threads.hpp"
 
@@ -30,16 +32,12 @@ struct CpuOptions {
   const cpu::Kernels* kernels = nullptr;  // null: the best for this machine
   int threads = 1;
   KvType kv = KvType::f16;
+  std::optional<cpu::Team> team{};  // whose threads compute; nothing: a team of `threads` of this backend's own
 };
 
-// From names and numbers as users give them: "" the best ISA, 0 threads all processors.
+// From names and numbers as users give them: "" the best ISA, 0 threads as many as the process may use.
 inline CpuOptions resolve_cpu_options(const std::string& isa, int threads) {
-#if defined(_OPENMP)
-  const int all = omp_get_num_procs();
-#else
-  const int all = 1;
-#endif
-  return {&cpu::choose_kernels(isa), resolve_threads(threads, all), KvType::f16};
+  return {&cpu::choose_kernels(isa), resolve_threads(threads, available_processors()), KvType::f16, {}};
 }
 
 class CpuBackend {
@@ -53,7 +51,9 @@ class CpuBackend {
   using KvCache = HostKvCache;
 
   explicit CpuBackend(const CpuOptions& options)
-      : k_(options.kernels ? options.kernels : &cpu::choose_kernels("")), team_(options.threads), kv_(options.kv) {}
+      : k_(options.kernels ? options.kernels : &cpu::choose_kernels("")),
+        team_(options.team ? *options.team : cpu::Team(options.threads)),
+        kv_(options.kv) {}
 
   Tensor tensor(int rows, int cols) {
     const int stride = (cols + 15) / 16 * 16;  // rows on cache lines

@@ -9,7 +9,6 @@ set(CMAKE_CROSSCOMPILING_EMULATOR wine)
 # GCC keeps the stack aligned to 16 bytes only and yet spills vectors of 32 and 64 with aligned moves (its bug 54412).
 set(CMAKE_CXX_FLAGS_INIT "-Wa,-mbig-obj -Wa,-muse-unaligned-vector-move")
 set(CMAKE_EXE_LINKER_FLAGS_INIT -static)  # one file, without the compiler's DLLs beside it
-set(OpenMP_gomp_LIBRARY gomp CACHE STRING "By name, for CMake would find the DLL's import library")
 
 set(CMAKE_FIND_ROOT_PATH ${CMAKE_CURRENT_LIST_DIR}/../../build/sysroot/x86_64-w64-mingw32)
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)

@@ -11,6 +11,7 @@ cli/interrupt.hpp           Ctrl-C
 cli/line_input.hpp          libedit
 cli/terminal.hpp            is it a terminal
 cli/windows.hpp             UTF-8 and bytes
+core/available_processors.hpp  affinity, control groups
 weights/atomic_file.hpp     exclusive creation, fsync
 weights/mapped_file.hpp     mappings
 '

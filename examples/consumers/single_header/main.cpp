@@ -1,5 +1,5 @@
 // One header, a compiler, no build system; two files to show that both may include it.   story MODEL
-//   g++ -std=c++20 -O3 -march=native -fopenmp -I PREFIX/include main.cpp story.cpp -lutf8proc -o story
+//   g++ -std=c++20 -O3 -march=native -pthread -I PREFIX/include main.cpp story.cpp -lutf8proc -o story
 #include <iostream>
 
 #include "qwen3next.hpp"
