@@ -89,13 +89,22 @@ class CpuBackend {
 
   void causal_conv1d(Tensor out, Tensor x, const Vector& taps, std::span<const Segment<DeltaState>> segments) {
     const int C = x.n_cols, K = taps.cols;
+    const int units = (C + conv_channels - 1) / conv_channels;
     for (const auto& s : segments) {
-      const int units = (C + channel_unit - 1) / channel_unit;
-      team_.split(units, static_cast<std::int64_t>(channel_unit) * K * s.count, [&](int begin, int end) {
-        const int first = begin * channel_unit, n = std::min(end * channel_unit, C) - first;
-        k_->causal_conv1d(out.row(s.begin) + first, out.stride, x.row(s.begin) + first, x.stride, s.count, n,
-                          taps.data + static_cast<std::ptrdiff_t>(first) * K, K, s.state->conv.floats() + first, C);
+      float* past = s.state->conv.floats();
+      const int pieces = (s.count + conv_tokens - 1) / conv_tokens * units;
+      team_.split(pieces, std::int64_t{conv_channels} * K * std::min(s.count, conv_tokens), [&](int begin, int end) {
+        for (int i = begin; i < end; ++i) {
+          const int c = i % units * conv_channels, t = i / units * conv_tokens;
+          k_->causal_conv1d({x.row(s.begin) + c, past + c, taps.data + static_cast<std::ptrdiff_t>(c) * K,
+                             out.row(s.begin) + c, x.stride, C, out.stride, t, std::min(conv_tokens, s.count - t),
+                             std::min(conv_channels, C - c), K});
+        }
       });
+      for (int j = 0; j < K - 1; ++j) {  // the last K - 1 inputs, oldest first
+        const int t = s.count - K + 1 + j;
+        std::copy_n(t >= 0 ? x.row(s.begin + t) : past + (K - 1 + t) * C, C, past + j * C);
+      }
     }
   }
 
@@ -108,41 +117,33 @@ class CpuBackend {
   void gated_delta_rule(Tensor out, Tensor qkv, Tensor beta, Tensor g, DeltaShape shape,
                         std::span<const Segment<DeltaState>> segments) {
     const int Dk = shape.key_dim, Dv = shape.value_dim, Hk = shape.key_heads, Hv = shape.value_heads;
-    const auto qk = static_cast<std::size_t>(2 * delta_tokens * Dk);
-    const cpu::Scratch::Pieces space =
-        delta_scratch_.pieces(static_cast<std::size_t>(team_.size()), sizeof(float) * (qk + k_->delta_scratch(Dk, Dv)));
-    const float scale = 1 / std::sqrt(static_cast<float>(Dk));
-    const std::int64_t head_work =
-        std::int64_t{4} * qkv.n_rows / std::max(1, static_cast<int>(segments.size())) * Dk * Dv;
-    team_.each(static_cast<int>(segments.size()) * Hv, head_work, [&](int item, int thread) {
-      const auto& s = segments[static_cast<std::size_t>(item / Hv)];
-      const int h = item % Hv, key_head = h / (Hv / Hk);
-      auto* q = reinterpret_cast<float*>(space[thread]);
-      float* k = q + delta_tokens * Dk;
-      for (int begin = 0; begin < s.count; begin += delta_tokens) {
-        const int T = std::min(delta_tokens, s.count - begin), row = s.begin + begin;
-        for (int t = 0; t < T; ++t) {
-          k_->l2_norm(q + t * Dk, qkv.row(row + t) + key_head * Dk, Dk, scale);
-          k_->l2_norm(k + t * Dk, qkv.row(row + t) + (Hk + key_head) * Dk, Dk, 1);
-        }
-        const cpu::Kernels::DeltaHead head{q,
-                                           k,
-                                           qkv.row(row) + 2 * Hk * Dk + h * Dv,
-                                           beta.row(row) + h,
-                                           g.row(row) + h,
-                                           out.row(row) + h * Dv,
+    // Value heads that share a key head go together, unless that leaves threads without work.
+    const int group = Hv / Hk, together = static_cast<int>(segments.size()) * Hk >= team_.size() ? group : 1;
+    const int pieces = Hv / together;
+    const cpu::Scratch::Pieces space = delta_scratch_.pieces(static_cast<std::size_t>(team_.size()),
+                                                             sizeof(float) * k_->delta_scratch(together, Dk, Dv));
+    const std::int64_t work =
+        std::int64_t{4} * together * qkv.n_rows / std::max(1, static_cast<int>(segments.size())) * Dk * Dv;
+    team_.each(static_cast<int>(segments.size()) * pieces, work, [&](int item, int thread) {
+      const auto& s = segments[static_cast<std::size_t>(item / pieces)];
+      const int h = item % pieces * together, key_head = h / group;
+      const cpu::Kernels::DeltaHeads heads{qkv.row(s.begin) + key_head * Dk,
+                                           qkv.row(s.begin) + (Hk + key_head) * Dk,
+                                           qkv.row(s.begin) + 2 * Hk * Dk + h * Dv,
+                                           beta.row(s.begin) + h,
+                                           g.row(s.begin) + h,
+                                           out.row(s.begin) + h * Dv,
+                                           qkv.stride,
                                            qkv.stride,
                                            beta.stride,
                                            out.stride,
                                            s.state->S.floats() + static_cast<std::ptrdiff_t>(h) * Dv * Dk,
-                                           T,
+                                           together,
+                                           s.count,
                                            Dk,
                                            Dv};
-        if (s.count < chunked_tokens)
-          k_->delta_recurrent(head);
-        else
-          k_->delta_chunked(head, q + qk);
-      }
+      (s.count < chunked_tokens ? k_->delta_recurrent : k_->delta_chunked)(heads,
+                                                                           reinterpret_cast<float*>(space[thread]));
     });
   }
 
@@ -229,9 +230,8 @@ class CpuBackend {
   int threads() const noexcept { return team_.size(); }
 
  private:
-  static constexpr int channel_unit = 64;   // channels of a convolution per piece of work
-  static constexpr int delta_tokens = 64;   // tokens whose q and k are normed at once
-  static constexpr int chunked_tokens = 4;  // from here on the chunked form is faster
+  static constexpr int conv_channels = 256, conv_tokens = 32;  // a piece of a convolution: its inputs stay in L1
+  static constexpr int chunked_tokens = 16;                    // from here on the chunked form is faster
 
   template <class F>
   void for_rows(const Tensor& x, F f) {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "backends/cpu/kernel_table.hpp"
 #include "backends/cpu/simd.hpp"
 
 namespace qwen3next::cpu::QWEN3NEXT_ISA {
@@ -52,8 +53,7 @@ inline void sigmoid_gate(float* x, const float* gate, int n) noexcept {
 // x += scale y
 inline void add(float* x, const float* y, float scale, int n) noexcept {
   const F factor(scale);
-  for_lanes(n,
-            [&](int i, int m) { store_some(x + i, mul_add(factor, load_some(y + i, m), load_some(x + i, m)), m); });
+  for_lanes(n, [&](int i, int m) { store_some(x + i, mul_add(factor, load_some(y + i, m), load_some(x + i, m)), m); });
 }
 
 inline void scale_row(float* x, float scale, int n) noexcept {
@@ -120,24 +120,33 @@ QWEN3NEXT_FORCE_INLINE void load_taps(const float* taps, int K, int m, float (*c
   }
 }
 
-// Causal depthwise convolution over n channels, then silu; K taps per channel.
-//   out[t] = silu(sum_j taps[j] x[t - K + 1 + j]),  x[-K + 1 .. -1] = past
-// x, out [T, n] strided; taps [n, K]; past [K - 1, n] strided: replaced by the last K - 1 inputs.
-inline void causal_conv1d(float* out, std::ptrdiff_t out_stride, const float* x, std::ptrdiff_t x_stride, int T, int n,
-                          const float* taps, int K, float* past, std::ptrdiff_t past_stride) noexcept {
-  for_lanes(n, [&](int c, int m) {
-    constexpr int max_taps = 64;  // Config::validate
-    alignas(64) float column[max_taps][lanes];
-    load_taps(taps + c * K, K, m, column);
-    auto input = [&](int t) {
-      return t >= 0 ? load_some(x + t * x_stride + c, m) : load_some(past + (K - 1 + t) * past_stride + c, m);
-    };
-    for (int t = 0; t < T; ++t) {
-      F total(0.0f);
-      for (int j = 0; j < K; ++j) total = mul_add(load(column[j]), input(t - K + 1 + j), total);
-      store_some(out + t * out_stride + c, total * sigmoid(total), m);
+// `lanes` channels, m of them there; K taps if not 0.
+template <int fixed>
+QWEN3NEXT_FORCE_INLINE void conv_lanes(const Kernels::Conv& v, int c, int m) noexcept {
+  constexpr int max_taps = 64;  // Config::validate
+  const int K = fixed > 0 ? fixed : v.K;
+  alignas(64) float column[max_taps][lanes];
+  load_taps(v.taps + static_cast<std::ptrdiff_t>(c) * K, K, m, column);
+  for (int t = v.first; t < v.first + v.count; ++t) {
+    F total(0.0f);
+#pragma GCC unroll 4
+    for (int j = 0; j < K; ++j) {
+      const int row = t - K + 1 + j;
+      const float* x = row >= 0 ? v.x + row * v.x_stride : v.past + (K - 1 + row) * v.past_stride;
+      total = mul_add(load(column[j]), load_some(x + c, m), total);
     }
-    for (int j = 0; j < K - 1; ++j) store_some(past + j * past_stride + c, input(T - K + 1 + j), m);
+    store_some(v.out + t * v.out_stride + c, total * sigmoid(total), m);
+  }
+}
+
+// Causal depthwise convolution of `count` tokens from `first` on, n channels, then silu; K taps per channel.
+//   out[t] = silu(sum_j taps[j] x[t - K + 1 + j]),  x[-K + 1 .. -1] = past
+inline void causal_conv1d(const Kernels::Conv& v) noexcept {
+  for_lanes(v.n, [&](int c, int m) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+    if (v.K == 4)
+      conv_lanes<4>(v, c, m);
+    else
+      conv_lanes<0>(v, c, m);
   });
 }
 

@@ -152,5 +152,35 @@ void weighted_sum(float scale, float* c, std::ptrdiff_t c_stride, int M, int N, 
     sum_rows_of<type, 1, ahead>(scale, c + m * c_stride, c_stride, N, a + m * am, am, ak, b, b_bytes, K, next);
 }
 
+// out[c, r] = in[r, c], in squares of 4.
+inline void transpose(const float* in, std::ptrdiff_t in_stride, int rows, int cols, float* out,
+                      std::ptrdiff_t out_stride) noexcept {
+  auto plain = [&](int r0, int r1, int c0, int c1) {
+    for (int r = r0; r < r1; ++r) {
+      for (int c = c0; c < c1; ++c) out[c * out_stride + r] = in[r * in_stride + c];
+    }
+  };
+  const int whole_rows = rows / 4 * 4, whole_cols = cols / 4 * 4;
+  for (int r = 0; r < whole_rows; r += 4) {
+    for (int c = 0; c < whole_cols; c += 4) {
+#if QWEN3NEXT_X86
+      const float* p = in + r * in_stride + c;
+      __m128 a = _mm_loadu_ps(p), b = _mm_loadu_ps(p + in_stride), d = _mm_loadu_ps(p + 2 * in_stride),
+             e = _mm_loadu_ps(p + 3 * in_stride);
+      _MM_TRANSPOSE4_PS(a, b, d, e);
+      float* o = out + c * out_stride + r;
+      _mm_storeu_ps(o, a);
+      _mm_storeu_ps(o + out_stride, b);
+      _mm_storeu_ps(o + 2 * out_stride, d);
+      _mm_storeu_ps(o + 3 * out_stride, e);
+#else
+      plain(r, r + 4, c, c + 4);
+#endif
+    }
+  }
+  plain(0, whole_rows, whole_cols, cols);
+  plain(whole_rows, rows, 0, cols);
+}
+
 }  // namespace QWEN3NEXT_KERNEL_UNIT
 }  // namespace qwen3next::cpu::QWEN3NEXT_ISA

@@ -78,23 +78,28 @@ struct Kernels {
   void (*softmax)(float* x, int n) noexcept;
 
   // --- the mixers.
-  // Inputs x[0..T) of channels [c0, c0 + n); `past` [K-1, past_stride] are the inputs before them.
-  void (*causal_conv1d)(float* out, std::ptrdiff_t out_stride, const float* x, std::ptrdiff_t x_stride, int T, int n,
-                        const float* taps, int K, float* past, std::ptrdiff_t past_stride) noexcept;
-
-  // One value head, T tokens; q, k normed and scaled, rows of q, k Dk apart.  S [Dv, Dk].  See delta_rule.hpp.
-  struct DeltaHead {
-    const float *q, *k;     // [T, Dk]
-    const float* v;         // [T, v_stride]
-    const float *beta, *g;  // [T, gate_stride]
-    float* out;             // [T, out_stride]
-    std::ptrdiff_t v_stride, gate_stride, out_stride;
-    float* S;
-    int T, Dk, Dv;
+  // Tokens [first, first + count) of x; `past` are the K - 1 rows before token 0.  All at the first of n channels.
+  struct Conv {
+    const float *x, *past, *taps;  // [T, x_stride], [K - 1, past_stride], [n, K]
+    float* out;                    // [T, out_stride]
+    std::ptrdiff_t x_stride, past_stride, out_stride;
+    int first, count, n, K;
   };
-  void (*delta_recurrent)(const DeltaHead& head) noexcept;
-  std::size_t (*delta_scratch)(int Dk, int Dv) noexcept;  // floats
-  void (*delta_chunked)(const DeltaHead& head, float* scratch) noexcept;
+  void (*causal_conv1d)(const Conv& conv) noexcept;
+
+  // The value heads that share a key head, or some of them, T tokens.  S [heads, Dv, Dk].  See delta_rule.hpp.
+  struct DeltaHeads {
+    const float *q, *k;     // [T, qk_stride], as they come from the convolution
+    const float* v;         // [T, v_stride], heads Dv apart
+    const float *beta, *g;  // [T, gate_stride], heads side by side
+    float* out;             // [T, out_stride], heads Dv apart
+    std::ptrdiff_t qk_stride, v_stride, gate_stride, out_stride;
+    float* S;
+    int heads, T, Dk, Dv;
+  };
+  std::size_t (*delta_scratch)(int heads, int Dk, int Dv) noexcept;  // floats
+  void (*delta_recurrent)(const DeltaHeads& heads, float* scratch) noexcept;
+  void (*delta_chunked)(const DeltaHeads& heads, float* scratch) noexcept;
 
   void (*store_kv)(DType type, const float* row, int n, std::byte* out) noexcept;
   // Queries of one KV head that see the same blocks of positions, and what is known of their softmax so far; laid out

@@ -118,6 +118,42 @@ QWEN3NEXT_FORCE_INLINE float maximum(F v) noexcept {
   return x[0];
 #endif
 }
+// out[t] = the sum of acc[t].  Four vectors at a time: two rounds of adding their interleaved halves.
+template <int T>
+QWEN3NEXT_FORCE_INLINE void store_sums(const F* acc, float* out) noexcept {
+#if defined(__AVX512F__)
+  if constexpr (T == 8) {
+    __m512 four[2];  // per 128 bits: a part of each of four sums
+    for (int i = 0; i < 2; ++i) {
+      const __m512 a = acc[4 * i], b = acc[4 * i + 1], c = acc[4 * i + 2], d = acc[4 * i + 3];
+      const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+      const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+      four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                              _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    }
+    const __m512 eight =
+        _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+    const __m512 both = _mm512_add_ps(eight, _mm512_shuffle_f32x4(eight, eight, 0xb1));
+    _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_shuffle_f32x4(both, both, 0x08)));
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (T % 4 == 0) {
+    for (int i = 0; i < T; i += 4) {
+      const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(acc[i], acc[i + 1]), _mm256_hadd_ps(acc[i + 2], acc[i + 3]));
+      _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+    }
+    return;
+  }
+#elif defined(__aarch64__)
+  if constexpr (T % 4 == 0) {
+    for (int i = 0; i < T; i += 4)
+      vst1q_f32(out + i, vpaddq_f32(vpaddq_f32(acc[i], acc[i + 1]), vpaddq_f32(acc[i + 2], acc[i + 3])));
+    return;
+  }
+#endif
+  for (int t = 0; t < T; ++t) out[t] = sum(acc[t]);
+}
 // Modulo 2^32: what is not a number became the lowest integer.
 QWEN3NEXT_FORCE_INLINE std::uint32_t sum(I v) noexcept {
 #if defined(__AVX512F__)
