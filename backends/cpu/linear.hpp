@@ -23,9 +23,11 @@ constexpr int expand_tokens = 3;       // from so many on, rows of F8_E4M3 are e
 inline void row_pointers(const WeightView& w, int begin, int count, const std::byte** rows) noexcept {
   int group = begin / w.group_rows, inside = begin % w.group_rows;
   const std::size_t bytes = w.row_bytes();
-  for (int i = 0; i < count; ++i) {
-    rows[i] = w.data + static_cast<std::size_t>(group) * w.group_stride + static_cast<std::size_t>(inside) * bytes;
-    if (++inside == w.group_rows) inside = 0, ++group;
+  for (int i = 0; i < count; ++group, inside = 0) {
+    const std::byte* row =
+        w.data + static_cast<std::size_t>(group) * w.group_stride + static_cast<std::size_t>(inside) * bytes;
+    const int run = std::min(count - i, w.group_rows - inside);
+    for (int j = 0; j < run; ++j, row += bytes) rows[i++] = row;
   }
 }
 

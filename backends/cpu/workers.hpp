@@ -10,9 +10,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "core/error.hpp"
@@ -41,22 +43,31 @@ class Workers {
   // f(share, size()) for every share in [0, size()), each on some thread, share 0 on the caller's.  When another caller
   // has the workers, all on the caller's.  f must not throw.
   template <class F>
-  void run(F& f) noexcept {
+  void run(const F& f) noexcept {
+    static_assert(std::is_trivially_copyable_v<F> && sizeof(F) <= sizeof job_.work && alignof(F) <= alignof(void*),
+                  "capture references or a few plain values");
     if (busy_.exchange(true, std::memory_order_acquire)) {
       for (int i = 0; i < threads_; ++i) f(i, threads_);
       return;
     }
-    call_ = [](void* of, int share, int shares) { (*static_cast<F*>(of))(share, shares); };
-    context_ = &f;
-    const std::uint32_t job = job_.load(std::memory_order_relaxed) + 1;
-    job_.store(job, std::memory_order_seq_cst);
-    if (sleeping_.load(std::memory_order_seq_cst) > 0) job_.notify_all();
+    job_.call = [](const std::byte* work, int share, int shares) {
+      (*std::launder(reinterpret_cast<const F*>(work)))(share, shares);
+    };
+    ::new (static_cast<void*>(job_.work)) F(f);
+    const std::uint32_t job = job_.number.load(std::memory_order_relaxed) + 1;
+    job_.number.store(job, std::memory_order_seq_cst);
+    if (sleeping_.load(std::memory_order_seq_cst) > 0) job_.number.notify_all();
     f(0, threads_);
+    // Asking who has a share takes its cache line from the worker, which then needs it back: only after a while.
+    int looks = 0;
     for (int i = 1; i < threads_; ++i) {
+      const auto done = [&] { return shares_[i].done.load(std::memory_order_acquire) == job; };
+      while (!done() && looks++ < 40) pause();
+      if (done()) continue;
       if (take(i, job))
         f(i, threads_);
       else
-        wait([&] { return shares_[i].done.load(std::memory_order_acquire) == job; });
+        wait(done);
     }
     busy_.store(false, std::memory_order_release);
   }
@@ -79,24 +90,25 @@ class Workers {
     for (std::uint32_t seen = 0;;) {
       wait_for_job(seen);
       if (stopping_.load(std::memory_order_acquire)) return;
-      seen = job_.load(std::memory_order_acquire);
+      seen = job_.number.load(std::memory_order_acquire);
       if (!take(share, seen)) continue;
-      call_(context_, share, threads_);
+      job_.call(job_.work, share, threads_);
       shares_[share].done.store(seen, std::memory_order_release);
     }
   }
 
-  // Looks for a while, since between two operations, and between two tokens, there is little to wait for; then sleeps.
+  // Looks for a while, then sleeps.  Long enough for what lies between two tokens: the system may wake a thread where
+  // the caller runs, and needs 10 ms to notice that another processor is idle.
   void wait_for_job(std::uint32_t seen) noexcept {
     const auto start = Clock::now();
     do {
       for (int i = 0; i < 64; ++i) {
-        if (job_.load(std::memory_order_acquire) != seen) return;
+        if (job_.number.load(std::memory_order_acquire) != seen) return;
         pause();
       }
     } while (Clock::now() - start < patience);
     sleeping_.fetch_add(1, std::memory_order_seq_cst);
-    job_.wait(seen, std::memory_order_seq_cst);
+    job_.number.wait(seen, std::memory_order_seq_cst);
     sleeping_.fetch_sub(1, std::memory_order_relaxed);
   }
 
@@ -121,17 +133,22 @@ class Workers {
 
   void stop() noexcept {
     stopping_.store(true, std::memory_order_release);
-    job_.fetch_add(1, std::memory_order_seq_cst);
-    job_.notify_all();
+    job_.number.fetch_add(1, std::memory_order_seq_cst);
+    job_.number.notify_all();
     for (std::thread& thread : others_) thread.join();
   }
 
   using Clock = std::chrono::steady_clock;
-  static constexpr std::chrono::microseconds patience{100};
+  static constexpr std::chrono::microseconds patience{2000};
 
-  alignas(64) std::atomic<std::uint32_t> job_{0};  // the number of the last job; call_ and context_ are its
-  void (*call_)(void*, int, int) = nullptr;
-  void* context_ = nullptr;
+  // What a worker has to read before it can begin, close together: each cache line that another core wrote takes as
+  // long to come as a hundred rows of a small matrix to multiply.
+  struct alignas(64) Job {
+    std::atomic<std::uint32_t> number{0};  // of the last job
+    void (*call)(const std::byte* work, int share, int shares) = nullptr;
+    alignas(void*) std::byte work[112];
+  };
+  Job job_;
   std::atomic<bool> stopping_{false};
   alignas(64) std::atomic<int> sleeping_{0};
   std::atomic<bool> busy_{false};  // a caller has the workers
