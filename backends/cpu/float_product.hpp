@@ -88,20 +88,38 @@ void float_product(const std::byte* const* w, int rows, const float* x, std::ptr
   for (; r < rows; ++r) product_rows_of<type, 1>(w + r, x, x_stride, T, n, y + r, y_stride);
 }
 
-// c[m, j] = scale c[m, j] + sum_k a[m, k] b[k, j] for M rows and V vectors of columns: V loads and M broadcasts for M V
-// multiply-adds.  scale == 0 ignores what c was.  `ahead`: fetches a line of each row of `next`, which lie as those of
-// b.
+// Columns [j, j + n) of a stored row, n <= lanes; n == lanes is the fast case.  q8_0: n == lanes, of one block.
+template <DType type>
+QWEN3NEXT_FORCE_INLINE F load_columns(const std::byte* row, int j, int n) noexcept {
+  if constexpr (type == DType::q8_0) {
+    const std::byte* block = row + j / 32 * 34;
+    return F(half_to_float(peek<std::uint16_t>(block))) * load_int8(block + 2 + j % 32);
+  } else {
+    const std::byte* p = row + j * stored_bytes<type>;
+    return n == lanes ? load_stored<type>(p) : load_stored_part<type>(p, n);
+  }
+}
+template <DType type>
+QWEN3NEXT_FORCE_INLINE std::ptrdiff_t column_bytes(int j) noexcept {
+  return type == DType::q8_0 ? j / 32 * 34 + j % 32 : static_cast<std::ptrdiff_t>(j) * stored_bytes<type>;
+}
+
+// c[m, j..] = scale c[m, j..] + sum_k a[m, k] b[k, j..] for M rows and V vectors of columns: V loads and M broadcasts
+// for M V multiply-adds.  scale == 0 ignores what c was.  `ahead`: fetches a line of each row of `next`, which lie as
+// b's.
 template <DType type, int M, int V, bool whole, bool ahead>
 void sum_tile(float scale, float* c, std::ptrdiff_t c_stride, const float* a, std::ptrdiff_t am, std::ptrdiff_t ak,
-              const std::byte* b, std::ptrdiff_t b_bytes, int K, int part, const std::byte* next) noexcept {
+              const std::byte* b, std::ptrdiff_t b_bytes, int K, int j, int part, const std::byte* next) noexcept {
+  if (whole) part = lanes;
+  c += j;
   F acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      acc[m][v] = scale == 0 ? F(0.0f) : F(scale) * load_some(c + m * c_stride + v * lanes, whole ? lanes : part);
-    }
+    for (int v = 0; v < V; ++v)
+      acc[m][v] = scale == 0 ? F(0.0f) : F(scale) * load_some(c + m * c_stride + v * lanes, part);
   }
+  next += column_bytes<type>(j);
   for (int k = 0; k < K; ++k, b += b_bytes, a += ak) {
     if constexpr (ahead) {
       __builtin_prefetch(next, 0, 2);
@@ -109,10 +127,7 @@ void sum_tile(float scale, float* c, std::ptrdiff_t c_stride, const float* a, st
     }
     F row[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      const std::byte* p = b + v * lanes * stored_bytes<type>;
-      row[v] = whole ? load_stored<type>(p) : load_stored_part<type>(p, part);
-    }
+    for (int v = 0; v < V; ++v) row[v] = load_columns<type>(b, j + v * lanes, part);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const F factor(a[m * am]);
@@ -123,7 +138,7 @@ void sum_tile(float scale, float* c, std::ptrdiff_t c_stride, const float* a, st
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) store_some(c + m * c_stride + v * lanes, acc[m][v], whole ? lanes : part);
+    for (int v = 0; v < V; ++v) store_some(c + m * c_stride + v * lanes, acc[m][v], part);
   }
 }
 
@@ -131,13 +146,12 @@ template <DType type, int M, bool ahead>
 void sum_rows_of(float scale, float* c, std::ptrdiff_t c_stride, int N, const float* a, std::ptrdiff_t am,
                  std::ptrdiff_t ak, const std::byte* b, std::ptrdiff_t b_bytes, int K, const std::byte* next) noexcept {
   int j = 0;
-  auto columns = [&](auto tile, int part) QWEN3NEXT_FORCE_INLINE_LAMBDA {
-    const std::ptrdiff_t at = j * stored_bytes<type>;
-    tile(scale, c + j, c_stride, a, am, ak, b + at, b_bytes, K, part, next + at);
+  auto columns = [&](auto tile) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+    tile(scale, c, c_stride, a, am, ak, b, b_bytes, K, j, N - j, next);
   };
-  for (; j + 2 * lanes <= N; j += 2 * lanes) columns(sum_tile<type, M, 2, true, ahead>, lanes);
-  for (; j + lanes <= N; j += lanes) columns(sum_tile<type, M, 1, true, ahead>, lanes);
-  if (j < N) columns(sum_tile<type, M, 1, false, ahead>, N - j);
+  for (; j + 2 * lanes <= N; j += 2 * lanes) columns(sum_tile<type, M, 2, true, ahead>);
+  for (; j + lanes <= N; j += lanes) columns(sum_tile<type, M, 1, true, ahead>);
+  if (j < N) columns(sum_tile<type, M, 1, false, ahead>);
 }
 
 template <DType type, bool ahead = false>

@@ -110,7 +110,6 @@ struct Kernels {
     float* query;           // multiplied with log2(e) / sqrt(D)
     float* sum;             // [queries, D]  of 2^(score - top) value
     float *total, *top;     // [columns]     of 2^(score - top); the largest score
-    float* shrink;          // [columns]     what older sums were multiplied with
     std::int32_t* visible;  // [columns]     positions of the next block that the query sees
     float* scores;          // [block, columns]
     float* expanded;        // [block, D]    keys or values

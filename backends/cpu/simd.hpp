@@ -275,6 +275,21 @@ QWEN3NEXT_FORCE_INLINE F load_stored_part(const std::byte* p, int n) noexcept {
 template <DType type>
 constexpr int stored_bytes = type == DType::f32 ? 4 : 2;
 
+// `lanes` signed bytes from any address.
+QWEN3NEXT_FORCE_INLINE F load_int8(const std::byte* p) noexcept {
+#if defined(__AVX512F__)
+  return F(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__)
+  return F(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__SSE4_1__)
+  return F(_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(peek<std::int32_t>(p)))));
+#else
+  alignas(64) float out[lanes];
+  for (int i = 0; i < lanes; ++i) out[i] = static_cast<float>(static_cast<std::int8_t>(p[i]));
+  return F::load_aligned(out);
+#endif
+}
+
 // exp(x) to about 1 ulp; 0 below -87.3, and no overflow above 88.3.  n = round(x / ln 2) falls out of the low bits of
 // x / ln 2 + 1.5 * 2^23, r = x - n ln 2 in two steps, exp(r) by its Taylor polynomial (|r| < 0.35), times 2^n by
 // adding n to the exponent.
