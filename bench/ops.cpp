@@ -165,23 +165,39 @@ void conv(State& state, int T) {
   state.counters["tokens"] = Counter(T, Counter::kIsIterationInvariantRate);
 }
 
-// T tokens after `depth` others; the cache is restored in between.
-void attention(State& state, KvType kv, int depth, int T) {
+// T tokens of each of several sequences, after `depth` others or up to 1/64 more; bytes: what is cached.
+void attention(State& state, KvType kv, int depth, int T, int sequences = 1) {
   CpuBackend be = make_backend(static_cast<int>(state.range(0)), kv);
   const AttentionShape s{16, 2, 256};
-  HostKvCache past = be.kv_cache(s);
-  HostTensor q = random_tensor(be, T, 16 * 256), k = random_tensor(be, T, 512), out = be.tensor(T, 16 * 256);
-  past.extend(depth);
-  for (auto _ : state) {
-    state.PauseTiming();
-    HostKvCache cache = past;
-    state.ResumeTiming();
-    const Segment<HostKvCache> segment{0, T, depth, &cache};
-    be.attention(out, q, k, k, s, {&segment, 1});
+  const int rows = T * sequences;
+  HostTensor q = random_tensor(be, rows, 16 * 256), k = random_tensor(be, rows, 512), out = be.tensor(rows, 16 * 256);
+  std::vector<HostKvCache> past(static_cast<std::size_t>(sequences), be.kv_cache(s));
+  const HostTensor old = random_tensor(be, 256, 512);
+  for (HostKvCache& cache : past) {
+    for (std::int64_t p = cache.extend(depth); p < depth; ++p) {
+      for (int h = 0; h < 2; ++h) {
+        be.kernels().store_kv(stored_type(kv), old.row(static_cast<int>(p * 7 % 256)) + h * 256, 256,
+                              cache.key_row(p, h));
+        be.kernels().store_kv(stored_type(kv), old.row(static_cast<int>(p * 11 % 256)) + h * 256, 256,
+                              cache.value_row(p, h));
+      }
+    }
   }
-  state.SetBytesProcessed(
-      static_cast<std::int64_t>(state.iterations() * static_cast<std::size_t>(depth + T) * 4 * past.row_bytes()));
-  state.counters["tokens"] = Counter(T, Counter::kIsIterationInvariantRate);
+  std::vector<HostKvCache> caches = past;
+  std::vector<Segment<HostKvCache>> segments;
+  for (int i = 0; i < sequences; ++i) segments.push_back({i * T, T, depth, &caches[static_cast<std::size_t>(i)]});
+  for (auto _ : state) {
+    if (caches[0].length() > depth + depth / 64) {
+      state.PauseTiming();
+      caches = past;
+      state.ResumeTiming();
+    }
+    be.attention(out, q, k, k, s, segments);
+  }
+  state.SetBytesProcessed(static_cast<std::int64_t>(
+      state.iterations() * static_cast<std::size_t>(sequences * (depth + T) * 4) * past[0].row_bytes()));
+  state.counters["tokens"] = Counter(rows, Counter::kIsIterationInvariantRate);
+  state.counters["ops"] = Counter(4.0 * 16 * 256 * rows * (depth + (T + 1) / 2.0), Counter::kIsIterationInvariantRate);
 }
 
 template <class F>
@@ -212,7 +228,10 @@ int main(int argc, char** argv) {
   for (int T : {1, 512}) add("causal_conv1d/" + std::to_string(T), [=](State& s) { conv(s, T); });
   for (KvType kv : {KvType::f16, KvType::q8_0}) {
     const std::string name = kv == KvType::f16 ? "F16" : "Q8_0";
-    add("attention_decode/depth:32768/" + name, [=](State& s) { attention(s, kv, 32768, 1); });
+    for (int depth : {32768, 131072})
+      add("attention_decode/depth:" + std::to_string(depth) + "/" + name,
+          [=](State& s) { attention(s, kv, depth, 1); });
+    add("attention_batch8/depth:32768/" + name, [=](State& s) { attention(s, kv, 32768, 1, 8); });
     add("attention_prefill512/depth:0/" + name, [=](State& s) { attention(s, kv, 0, 512); });
     add("attention_prefill512/depth:32768/" + name, [=](State& s) { attention(s, kv, 32768, 512); });
   }
