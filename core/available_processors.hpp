@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <filesystem>
 #include <fstream>
 #include <optional>
@@ -98,6 +99,27 @@ inline std::optional<double> cgroup_quota(const std::filesystem::path& root = "/
     }
   }
   return least;
+}
+
+// The processor that the calling thread is on; -1 if the system does not say.
+inline int this_processor() noexcept {
+#if defined(__linux__)
+  return ::sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Moves the calling thread from `processor` to another one that it may run on, where the system lets it.
+inline void leave_processor([[maybe_unused]] int processor) noexcept {
+#if defined(__linux__)
+  cpu_set_t all, others;
+  if (processor < 0 || processor >= CPU_SETSIZE || ::sched_getaffinity(0, sizeof all, &all) != 0) return;
+  others = all;
+  CPU_CLR(static_cast<std::size_t>(processor), &others);
+  if (CPU_COUNT(&others) > 0 && ::sched_setaffinity(0, sizeof others, &others) == 0)
+    ::sched_setaffinity(0, sizeof all, &all);
+#endif
 }
 
 // At least 1.  A part of a processor counts as one: its time is used up sooner, and the rest of a period waited for.

@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/available_processors.hpp"
 #include "core/error.hpp"
 
 namespace qwen3next::cpu {
@@ -54,6 +55,7 @@ class Workers {
       (*std::launder(reinterpret_cast<const F*>(work)))(share, shares);
     };
     ::new (static_cast<void*>(job_.work)) F(f);
+    job_.processor.store(this_processor(), std::memory_order_relaxed);
     const std::uint32_t job = job_.number.load(std::memory_order_relaxed) + 1;
     job_.number.store(job, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) > 0) job_.number.notify_all();
@@ -97,8 +99,8 @@ class Workers {
     }
   }
 
-  // Looks for a while, then sleeps.  Long enough for what lies between two tokens: the system may wake a thread where
-  // the caller runs, and needs 10 ms to notice that another processor is idle.
+  // Looks for a while, then sleeps.  The system leaves two busy threads on one processor for long, with another one
+  // idle: a thread that finds itself where the last job came from goes elsewhere.
   void wait_for_job(std::uint32_t seen) noexcept {
     const auto start = Clock::now();
     do {
@@ -106,6 +108,8 @@ class Workers {
         if (job_.number.load(std::memory_order_acquire) != seen) return;
         pause();
       }
+      if (const int here = this_processor(); here >= 0 && here == job_.processor.load(std::memory_order_relaxed))
+        leave_processor(here);
     } while (Clock::now() - start < patience);
     sleeping_.fetch_add(1, std::memory_order_seq_cst);
     job_.number.wait(seen, std::memory_order_seq_cst);
@@ -139,12 +143,13 @@ class Workers {
   }
 
   using Clock = std::chrono::steady_clock;
-  static constexpr std::chrono::microseconds patience{2000};
+  static constexpr std::chrono::microseconds patience{200};
 
   // What a worker has to read before it can begin, close together: each cache line that another core wrote takes as
   // long to come as a hundred rows of a small matrix to multiply.
   struct alignas(64) Job {
     std::atomic<std::uint32_t> number{0};  // of the last job
+    std::atomic<int> processor{-1};        // where its caller runs
     void (*call)(const std::byte* work, int share, int shares) = nullptr;
     alignas(void*) std::byte work[112];
   };
