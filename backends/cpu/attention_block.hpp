@@ -12,7 +12,7 @@
 // (prefill): K and V are expanded to f32 once, and both products are weighted
 // sums of vectors (of queries, of dims).
 
-#include <math.h>
+#include <cmath>
 
 #include "backends/cpu/elementwise.hpp"
 #include "backends/cpu/float_product.hpp"
