@@ -63,7 +63,7 @@ class Workers {
     // Asking who has a share takes its cache line from the worker, which then needs it back: only after a while.
     int looks = 0;
     for (int i = 1; i < threads_; ++i) {
-      const auto done = [&] { return shares_[i].done.load(std::memory_order_acquire) == job; };
+      const auto done = [&] { return share_of(i).done.load(std::memory_order_acquire) == job; };
       while (!done() && looks++ < 40) pause();
       if (done()) continue;
       if (take(i, job))
@@ -82,10 +82,12 @@ class Workers {
     alignas(64) std::atomic<std::uint32_t> done{0};
   };
 
+  Share& share_of(int i) const noexcept { return shares_[static_cast<std::size_t>(i)]; }
+
   // Of worker and caller, one gets the share.  A worker that comes a job late gets nothing.
   bool take(int share, std::uint32_t job) noexcept {
     std::uint32_t before = job - 1;
-    return shares_[share].taken.compare_exchange_strong(before, job, std::memory_order_acq_rel);
+    return share_of(share).taken.compare_exchange_strong(before, job, std::memory_order_acq_rel);
   }
 
   void work(int share) noexcept {
@@ -95,7 +97,7 @@ class Workers {
       seen = job_.number.load(std::memory_order_acquire);
       if (!take(share, seen)) continue;
       job_.call(job_.work, share, threads_);
-      shares_[share].done.store(seen, std::memory_order_release);
+      share_of(share).done.store(seen, std::memory_order_release);
     }
   }
 
