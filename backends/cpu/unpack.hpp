@@ -15,6 +15,15 @@ namespace QWEN3NEXT_KERNEL_UNIT {
 QWEN3NEXT_FORCE_INLINE int byte_at(const std::byte* p, int i) noexcept { return static_cast<int>(p[i]); }
 QWEN3NEXT_FORCE_INLINE float half_at(const std::byte* p) noexcept { return half_to_float(peek<std::uint16_t>(p)); }
 
+#if defined(__AVX2__)
+// 16 bytes of nibbles: the low ones, then the high ones.  All 32 are stored at once, since a load of 32 bytes that two
+// stores wrote waits for both to reach the cache: ten times as long as all the rest.
+QWEN3NEXT_FORCE_INLINE __m256i nibbles_of(const std::byte* qs) noexcept {
+  const __m128i both = peek<__m128i>(qs);
+  return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), _mm256_set1_epi8(15));
+}
+#endif
+
 // Q4_0, Q4_1, Q5_0, Q5_1: an F16 scale, perhaps an F16 offset, perhaps fifth bits, nibbles.
 template <bool five_bits, bool offset>
 struct Legacy {
@@ -28,6 +37,18 @@ struct Legacy {
     if constexpr (offset) min[0] = -half_at(p + 2);
     std::uint32_t fifth = 0;
     if constexpr (five_bits) fifth = peek<std::uint32_t>(p + qh_at);
+#if defined(__AVX2__)
+    __m256i levels = nibbles_of(p + qs_at);
+    if constexpr (five_bits) {
+      const __m256i copied =
+          _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(fifth)),
+                              _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+      const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
+      const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(copied, bit), bit);
+      levels = _mm256_or_si256(levels, _mm256_and_si256(set, _mm256_set1_epi8(16)));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm256_sub_epi8(levels, _mm256_set1_epi8(zero)));
+#else
     for (int l = 0; l < 16; ++l) {
       int low = byte_at(p + qs_at, l) & 15, high = byte_at(p + qs_at, l) >> 4;
       if constexpr (five_bits) {
@@ -37,6 +58,7 @@ struct Legacy {
       q[l] = static_cast<std::int8_t>(low - zero);
       q[16 + l] = static_cast<std::int8_t>(high - zero);
     }
+#endif
   }
 };
 using Q4_0 = Legacy<false, false>;
@@ -44,36 +66,42 @@ using Q4_1 = Legacy<false, true>;
 using Q5_0 = Legacy<true, false>;
 using Q5_1 = Legacy<true, true>;
 
-// n = 8 or 16 bytes of nibbles that index a table of levels: low nibbles to q[0..n), high ones to q[n..2 n).
-template <int n>
+// 16 bytes of nibbles that index a table of levels.  `pairs`: low nibbles of all to q[0..16), high ones to q[16..32);
+// else those of the first 8 bytes to q[0..8) and q[8..16), of the others to q[16..24) and q[24..32).
+template <bool pairs = true>
 QWEN3NEXT_FORCE_INLINE void look_up(const std::byte* qs, const std::int8_t* table, std::int8_t* q) noexcept {
 #if defined(__SSSE3__)
-  const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table)), nibble = _mm_set1_epi8(15);
-  auto* out = reinterpret_cast<__m128i*>(q);
-  if constexpr (n == 16) {
-    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(qs));
-    _mm_storeu_si128(out, _mm_shuffle_epi8(levels, _mm_and_si128(both, nibble)));
-    _mm_storeu_si128(out + 1, _mm_shuffle_epi8(levels, _mm_and_si128(_mm_srli_epi16(both, 4), nibble)));
-  } else {
-    const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(qs));
-    const __m128i index = _mm_and_si128(_mm_unpacklo_epi64(both, _mm_srli_epi16(both, 4)), nibble);
-    _mm_storeu_si128(out, _mm_shuffle_epi8(levels, index));
+  const __m128i levels = peek<__m128i>(table), nibble = _mm_set1_epi8(15), both = peek<__m128i>(qs);
+  __m128i low = _mm_and_si128(both, nibble), high = _mm_and_si128(_mm_srli_epi16(both, 4), nibble);
+  if constexpr (!pairs) {
+    const __m128i first = _mm_unpacklo_epi64(low, high);
+    high = _mm_unpackhi_epi64(low, high);
+    low = first;
   }
+#if defined(__AVX2__)
+  const __m256i all = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), _mm256_set_m128i(high, low));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), all);
+#else
+  auto* out = reinterpret_cast<__m128i*>(q);
+  _mm_storeu_si128(out, _mm_shuffle_epi8(levels, low));
+  _mm_storeu_si128(out + 1, _mm_shuffle_epi8(levels, high));
+#endif
 #elif defined(__aarch64__)
   const int8x16_t levels = vld1q_s8(table);
-  const auto* in = reinterpret_cast<const std::uint8_t*>(qs);
-  if constexpr (n == 16) {
-    const uint8x16_t both = vld1q_u8(in);
-    vst1q_s8(q, vqtbl1q_s8(levels, vandq_u8(both, vdupq_n_u8(15))));
-    vst1q_s8(q + 16, vqtbl1q_s8(levels, vshrq_n_u8(both, 4)));
-  } else {
-    const uint8x8_t both = vld1_u8(in);
-    vst1q_s8(q, vqtbl1q_s8(levels, vcombine_u8(vand_u8(both, vdup_n_u8(15)), vshr_n_u8(both, 4))));
+  const uint8x16_t both = vld1q_u8(reinterpret_cast<const std::uint8_t*>(qs));
+  uint8x16_t low = vandq_u8(both, vdupq_n_u8(15)), high = vshrq_n_u8(both, 4);
+  if constexpr (!pairs) {
+    const uint8x16_t first = vcombine_u8(vget_low_u8(low), vget_low_u8(high));
+    high = vcombine_u8(vget_high_u8(low), vget_high_u8(high));
+    low = first;
   }
+  vst1q_s8(q, vqtbl1q_s8(levels, low));
+  vst1q_s8(q + 16, vqtbl1q_s8(levels, high));
 #else
-  for (int l = 0; l < n; ++l) {
-    q[l] = table[byte_at(qs, l) & 15];
-    q[n + l] = table[byte_at(qs, l) >> 4];
+  for (int l = 0; l < 16; ++l) {
+    const int low = pairs ? l : l / 8 * 16 + l % 8;
+    q[low] = table[byte_at(qs, l) & 15];
+    q[low + (pairs ? 16 : 8)] = table[byte_at(qs, l) >> 4];
   }
 #endif
 }
@@ -86,7 +114,7 @@ struct IQ4_NL {
 
   static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
     scale[0] = half_at(p);
-    look_up<16>(p + 2, iq4_table, q);
+    look_up(p + 2, iq4_table, q);
   }
 };
 
@@ -100,7 +128,7 @@ struct IQ4_XS {
     for (int k = 0; k < 8; ++k) {
       const int sc = (byte_at(p, 4 + k / 2) >> (4 * (k % 2)) & 15) | (high >> (2 * k) & 3) << 4;
       scale[k] = d * static_cast<float>(sc - 32);
-      look_up<16>(p + 8 + 16 * k, iq4_table, q + 32 * k);
+      look_up(p + 8 + 16 * k, iq4_table, q + 32 * k);
     }
   }
 };
@@ -115,7 +143,7 @@ struct MXFP4 {
   static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
     const auto e = static_cast<std::uint32_t>(p[0]);
     scale[0] = __builtin_bit_cast(float, e < 2 ? 0x00200000u << e : (e - 1) << 23);  // 2^(e - 128)
-    look_up<16>(p + 1, fp4_table, q);
+    look_up(p + 1, fp4_table, q);
   }
 };
 
@@ -129,8 +157,9 @@ struct NVFP4 {
       const float subnormal = static_cast<float>(magnitude) * 0x1p-10f;
       const float normal = __builtin_bit_cast(float, (magnitude << 20) + ((127u - 8u) << 23));
       scale[k] = u == 0x7fu ? 0.0f : magnitude < 8 ? subnormal : normal;
-      look_up<8>(p + 4 + 8 * k, fp4_table, q + 16 * k);
     }
+    look_up<false>(p + 4, fp4_table, q);
+    look_up<false>(p + 20, fp4_table, q + 32);
   }
 };
 
