@@ -45,13 +45,14 @@ class ExpertLayer {
         collect(k, in, tokens, job.count, e.gate.type, space);
         if (info(e.up.type).quantised != info(e.gate.type).quantised)
           collect(k, in, tokens, job.count, e.up.type, space);
-        for (int r = begin; r < end; r += row_chunk) {
-          const int n = std::min(row_chunk, end - r);
-          multiply(k, e.gate, r, n, in, tokens, job.count, space, space.y);
-          multiply(k, e.up, r, n, in, tokens, job.count, space, space.z);
+        const int chunk = std::min(chunk_of(k, e.gate, job.count), chunk_of(k, e.up, job.count));
+        for (int r = begin; r < end; r += chunk) {
+          const int n = std::min(chunk, end - r);
+          multiply(k, e.gate, r, n, in, tokens, job.count, space, space.y, chunk);
+          multiply(k, e.up, r, n, in, tokens, job.count, space, space.z, chunk);
           for (int s = 0; s < job.count; ++s) {
-            k.swiglu(h + static_cast<std::ptrdiff_t>(job.begin + s) * width + r, space.y + s * row_chunk,
-                     space.z + s * row_chunk, n);
+            k.swiglu(h + static_cast<std::ptrdiff_t>(job.begin + s) * width + r, space.y + s * chunk,
+                     space.z + s * chunk, n);
           }
         }
       });
@@ -69,12 +70,13 @@ class ExpertLayer {
       for (const Job& job : jobs_) {
         const std::int32_t* positions = identity_.data() + job.begin;
         collect(k, hidden, positions, job.count, job.expert->down.type, space);
-        for (int r = first; r < last; r += row_chunk) {
-          const int n = std::min(row_chunk, last - r);
-          multiply(k, job.expert->down, r, n, hidden, positions, job.count, space, space.y);
+        const int chunk = chunk_of(k, job.expert->down, job.count);
+        for (int r = first; r < last; r += chunk) {
+          const int n = std::min(chunk, last - r);
+          multiply(k, job.expert->down, r, n, hidden, positions, job.count, space, space.y, chunk);
           for (int s = 0; s < job.count; ++s) {
             const auto pair = static_cast<std::size_t>(job.begin + s);
-            k.add(out.row(tokens_[pair]) + r, space.y + s * row_chunk, weights_[pair], n);
+            k.add(out.row(tokens_[pair]) + r, space.y + s * chunk, weights_[pair], n);
           }
         }
       }
@@ -96,7 +98,7 @@ class ExpertLayer {
     std::ptrdiff_t stride;
     int n;
   };
-  // Room of one thread: y, z [count, row_chunk] and what the products need.
+  // Room of one thread: y, z [count, chunk] and what the products need.
   struct Workspace {
     float *y, *z, *rows, *expanded;
     std::byte *strip, *panels;
@@ -107,8 +109,10 @@ class ExpertLayer {
     void reserve(const Kernels& k, const Team& team, int n, int count) {
       const auto tokens = static_cast<std::size_t>(count), threads = static_cast<std::size_t>(team.size());
       panel_stride_ = (k.panel_bytes(n, k.max_panel) + 63) / 64 * 64;
-      y_ = scratch_[0].pieces(threads, tokens * row_chunk * sizeof(float));
-      z_ = scratch_[1].pieces(threads, tokens * row_chunk * sizeof(float));
+      const std::size_t values =
+          std::max(tokens * row_chunk, std::min<std::size_t>(tokens, max_row_tokens) * few_tokens_chunk);
+      y_ = scratch_[0].pieces(threads, values * sizeof(float));
+      z_ = scratch_[1].pieces(threads, values * sizeof(float));
       rows_ = scratch_[2].pieces(
           threads, std::min<std::size_t>(tokens, float_token_block) * static_cast<std::size_t>(n) * sizeof(float));
       expanded_ = scratch_[5].pieces(threads, row_chunk * static_cast<std::size_t>(n) * sizeof(float));
@@ -173,22 +177,27 @@ class ExpertLayer {
     }
   }
 
-  // y[s, j] = row r + j of w times chosen input s;  y [count, row_chunk].
+  // How many rows of a matrix are multiplied at once.
+  static int chunk_of(const Kernels& k, const WeightView& w, int count) noexcept {
+    return info(w.type).quantised && count <= k.row_tokens ? few_tokens_chunk : row_chunk;
+  }
+
+  // y[s, j] = row r + j of w times chosen input s;  y [count, chunk].
   static void multiply(const Kernels& k, const WeightView& w, int r, int n, const Input& in, const std::int32_t* chosen,
-                       int count, const Workspace& space, float* y) noexcept {
+                       int count, const Workspace& space, float* y, int chunk) noexcept {
     const auto type = index(w.type);
-    const std::byte* rows[row_chunk];
+    const std::byte* rows[few_tokens_chunk];
     row_pointers(w, r, n, rows);
     if (!info(w.type).quantised) {
       for (int begin = 0; begin < count; begin += float_token_block) {
         const int T = std::min(float_token_block, count - begin);
         for (int s = 0; s < T; ++s) std::copy_n(in.data + chosen[begin + s] * in.stride, in.n, space.rows + s * in.n);
-        float_rows_product(k, w, r, n, space.rows, in.n, T, space.expanded, y + begin * row_chunk, row_chunk);
+        float_rows_product(k, w, r, n, space.rows, in.n, T, space.expanded, y + begin * chunk, chunk);
       }
     } else if (count <= k.row_tokens) {
       const std::byte* operands[max_row_tokens];
       for (int s = 0; s < count; ++s) operands[s] = in.quantized->operand(chosen[s]);
-      k.row_product[type](rows, n, in.n, operands, count, y, row_chunk);
+      k.row_product[type](rows, n, in.n, operands, count, y, chunk);
     } else {
       const Panels panels(count, k.max_panel);
       for (int j = 0; j < n; j += k.lanes) {
@@ -197,11 +206,11 @@ class ExpertLayer {
         for (int p = 0; p < panels.count; ++p) {
           k.strip_product[type](space.strip, lanes, in.n,
                                 space.panels + static_cast<std::size_t>(p) * space.panel_stride, panels.width(p),
-                                y + panels.begin(p) * row_chunk + j, row_chunk);
+                                y + panels.begin(p) * chunk + j, chunk);
         }
       }
     }
-    apply_scale(k, w, y, row_chunk, count, n);
+    apply_scale(k, w, y, chunk, count, n);
   }
 
   std::vector<Job> jobs_;

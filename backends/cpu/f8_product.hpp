@@ -11,6 +11,7 @@ namespace qwen3next::cpu::QWEN3NEXT_ISA {
 namespace QWEN3NEXT_KERNEL_UNIT {
 
 constexpr int f8_block = 128;
+constexpr int f8_ahead = 8192;  // bytes: four rows of 2048 on, while four are read
 static_assert(f8_block % lanes == 0);
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -70,38 +71,75 @@ QWEN3NEXT_FORCE_INLINE float f8_factor(const std::byte* factors, DType type, int
   return 256 * __builtin_bit_cast(float, bits << 16);
 }
 
-// y[r] = w[r] . x for R rows.  The order of the sums is that of product_tile over rows of floats.
-template <int R>
-void f8_product_rows(const std::byte* const* w, const std::byte* const* factors, DType factor_type, const float* x,
-                     int n, float* y) noexcept {
-  F acc[R], factor[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) acc[r] = F(0.0f);
-  for (int begin = 0; begin < n; begin += f8_block) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) factor[r] = F(f8_factor(factors[r], factor_type, begin / f8_block));
-    const int end = n - begin < f8_block ? n : begin + f8_block;
-    int i = begin;
-    for (; i + lanes <= end; i += lanes) {
-      const F xi = load(x + i);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[r] = mul_add(load_f8(w[r] + i) * factor[r], xi, acc[r]);
+// 4 `lanes` codes as floats, times their factor / 256.
+QWEN3NEXT_FORCE_INLINE void load_f8_four(const std::byte* p, float factor, F* out) noexcept {
+#if QWEN3NEXT_F8_BITS == 512
+  // Shifted into a float's place their exponents are smaller by 120: two operations, where halves take three and a slow
+  // conversion.  Not for NaN, nor where the factor would overflow.
+  const __m512i codes = _mm512_loadu_si512(p), top = _mm512_set1_epi8(0x7f);
+  const bool nan = _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, top), top) != 0;
+  if (__builtin_expect(!nan && factor < 0x1p15f && factor > -0x1p15f, 1)) {
+    const __m512 scale = _mm512_set1_ps(factor * 0x1p112f);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512i bits = _mm512_slli_epi32(_mm512_cvtepi8_epi32(peek<__m128i>(p + 16 * j)), 20);
+      const __m512i value = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0x87f00000u)));
+      out[j] = F(_mm512_mul_ps(_mm512_castsi512_ps(value), scale));
     }
-    if (i < end) {
-      const F xi = load_part(x + i, end - i);
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) out[j] = load_f8(p + j * lanes) * F(factor);
+}
+
+// y[t, r] = w[r] . x[t] for R rows, T tokens.  The order of the sums is that of product_tile over rows of floats.
+template <int R, int T>
+void f8_product_rows(const std::byte* const* w, const std::byte* const* factors, DType factor_type, const float* x,
+                     std::ptrdiff_t x_stride, int n, float* y, std::ptrdiff_t y_stride) noexcept {
+  F acc[R][T];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[r] = mul_add(load_f8_part(w[r] + i, end - i) * factor[r], xi, acc[r]);
+  for (int i = 0; i < R * T; ++i) acc[i / T][i % T] = F(0.0f);
+  for (int begin = 0; begin < n; begin += f8_block) {
+    const int end = n - begin < f8_block ? n : begin + f8_block;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const float factor = f8_factor(factors[r], factor_type, begin / f8_block);
+      int i = begin;
+      for (; i + 4 * lanes <= end; i += 4 * lanes) {
+        __builtin_prefetch(w[r] + i + f8_ahead, 0, 2);
+        F weight[4];
+        load_f8_four(w[r] + i, factor, weight);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 4
+          for (int t = 0; t < T; ++t) acc[r][t] = mul_add(weight[j], load(x + t * x_stride + i + j * lanes), acc[r][t]);
+        }
+      }
+      for (; i < end; i += lanes) {
+        const int some = end - i < lanes ? end - i : lanes;
+        const F weight = (some == lanes ? load_f8(w[r] + i) : load_f8_part(w[r] + i, some)) * F(factor);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) acc[r][t] = mul_add(weight, load_some(x + t * x_stride + i, some), acc[r][t]);
+      }
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) y[r] = sum(acc[r]);
+  for (int i = 0; i < R * T; ++i) y[i % T * y_stride + i / T] = sum(acc[i / T][i % T]);
 }
 
 inline void f8_product(const std::byte* const* w, const std::byte* const* factors, DType factor_type, int rows, int n,
-                       const float* x, float* y) noexcept {
-  int r = 0;
-  for (; r + 4 <= rows; r += 4) f8_product_rows<4>(w + r, factors + r, factor_type, x, n, y + r);
-  for (; r < rows; ++r) f8_product_rows<1>(w + r, factors + r, factor_type, x, n, y + r);
+                       const float* x, std::ptrdiff_t x_stride, int T, float* y, std::ptrdiff_t y_stride) noexcept {
+  in_pieces<4>(T, [&](auto count, int t) {
+    constexpr int tokens = decltype(count)::value, R = tokens == 1 ? 4 : 2;
+    const float* in = x + t * x_stride;
+    float* out = y + t * y_stride;
+    int r = 0;
+    for (; r + R <= rows; r += R)
+      f8_product_rows<R, tokens>(w + r, factors + r, factor_type, in, x_stride, n, out + r, y_stride);
+    for (; r < rows; ++r)
+      f8_product_rows<1, tokens>(w + r, factors + r, factor_type, in, x_stride, n, out + r, y_stride);
+  });
 }
 
 // A row of n weights as floats.

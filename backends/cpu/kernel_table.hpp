@@ -37,7 +37,8 @@ struct Kernels {
 
   // --- F8_E4M3 weights: `factors` is one for every 128 columns, f32 or bf16 at any address, or null: all 1.
   void (*f8_product)(const std::byte* const* w, const std::byte* const* factors, DType factor_type, int rows, int n,
-                     const float* x, float* y) noexcept;  // y[r] = w[r] . x
+                     const float* x, std::ptrdiff_t x_stride, int T, float* y,
+                     std::ptrdiff_t y_stride) noexcept;  // y[t, r] = w[r] . x[t]
   void (*dequantize_f8)(const std::byte* row, const std::byte* factors, DType factor_type, int n, float* out) noexcept;
 
   // --- products with quantised weights.

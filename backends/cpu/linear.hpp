@@ -15,10 +15,11 @@ namespace qwen3next::cpu {
 
 inline std::size_t index(DType type) noexcept { return static_cast<std::size_t>(type); }
 
-constexpr int row_chunk = 64;          // rows handed to a kernel at once in decode
+constexpr int row_chunk = 64;          // rows handed to a kernel at once
+constexpr int few_tokens_chunk = 512;  // the same in decode: memory is read fastest where it is read on and on
 constexpr int float_token_block = 48;  // tokens whose fp32 rows stay in L2 while weights pass
 constexpr int max_row_tokens = 16;     // of Kernels::row_tokens
-constexpr int expand_tokens = 3;       // from so many on, rows of F8_E4M3 are expanded once for all
+constexpr int expand_tokens = 9;       // from so many on, rows of F8_E4M3 are expanded once for all
 
 inline void row_pointers(const WeightView& w, int begin, int count, const std::byte** rows) noexcept {
   int group = begin / w.group_rows, inside = begin % w.group_rows;
@@ -52,8 +53,7 @@ inline void float_rows_product(const Kernels& k, const WeightView& w, int begin,
     const std::byte* factors[row_chunk];
     for (int i = 0; i < n; ++i) factors[i] = w.grid_row(begin + i);
     if (T < expand_tokens) {
-      for (int t = 0; t < T; ++t)
-        k.f8_product(rows, factors, w.grid.type, n, w.cols, x + t * x_stride, y + t * y_stride);
+      k.f8_product(rows, factors, w.grid.type, n, w.cols, x, x_stride, T, y, y_stride);
       return;
     }
     for (int i = 0; i < n; ++i, expanded += w.cols) {
@@ -220,10 +220,10 @@ class Linear {
 
   void few_tokens(const Kernels& k, const Item& item, int T, int begin, int end) const noexcept {
     const auto type = index(item.weight.type);
-    const std::byte *rows[row_chunk], *operands[max_row_tokens];
+    const std::byte *rows[few_tokens_chunk], *operands[max_row_tokens];
     for (int t = 0; t < T; ++t) operands[t] = quantized_.operand(t);
-    for (int r = begin; r < end; r += row_chunk) {
-      const int n = std::min(row_chunk, end - r);
+    for (int r = begin; r < end; r += few_tokens_chunk) {
+      const int n = std::min(few_tokens_chunk, end - r);
       row_pointers(item.weight, r, n, rows);
       k.row_product[type](rows, n, item.weight.cols, operands, T, item.y.row(0) + r, item.y.stride);
     }

@@ -71,23 +71,5 @@ void plain_rows(const std::byte* const* w, int rows, int n, const std::byte* con
   }
 }
 
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
-
-// Calls f(Count<n>, first token) for pieces of n tokens, 1 to 4 or `most`: the sums of so many find registers.
-template <int most, class F>
-QWEN3NEXT_FORCE_INLINE void in_pieces(int T, F f) noexcept {
-  int t = 0;
-  for (; T - t >= most; t += most) f(Count<most>{}, t);
-  if constexpr (most > 4) {
-    if (T - t >= 4) f(Count<4>{}, t), t += 4;
-  }
-  if (T - t == 3) f(Count<3>{}, t);
-  if (T - t == 2) f(Count<2>{}, t);
-  if (T - t == 1) f(Count<1>{}, t);
-}
-
 }  // namespace QWEN3NEXT_KERNEL_UNIT
 }  // namespace qwen3next::cpu::QWEN3NEXT_ISA

@@ -111,13 +111,13 @@ QWEN3NEXT_FORCE_INLINE void add_256(const std::byte* p, const std::byte* const* 
 template <class Type, int T>
 QWEN3NEXT_FORCE_INLINE void fused_row(const std::byte* p, int n, const std::byte* const* x, __m256* out) noexcept {
   constexpr int bytes = 256 / Type::elements * Type::bytes;
-  constexpr int ahead = 2048;  // bytes; past the row lies the next
+  constexpr int ahead = 8192;  // bytes; past the row lies the next
   typename ScaleVector<Type::group>::Type acc[T] = {};
   std::ptrdiff_t at = 0;
   for (int i = 256; i <= n; i += 256, p += bytes, at += sizeof(Operand256)) {
 #pragma GCC unroll 8
     for (int line = 0; line < bytes; line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(p) + ahead + line, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(p) + ahead + line, _MM_HINT_T1);
     add_256<Type, T>(p, x, at, acc);
   }
   if constexpr (Type::elements < 256) {
