@@ -23,7 +23,13 @@ struct Level {
 
 // What this program was built with, best first.
 #if !defined(QWEN3NEXT_MULTI_ISA)
-inline std::vector<Level> levels() { return {{native::kernels().name, true, native::kernels}}; }
+inline std::vector<Level> levels() {
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__)
+  return {{native::kernels().name, this_x86().amx(), native::kernels}};
+#else
+  return {{native::kernels().name, true, native::kernels}};
+#endif
+}
 #else
 // Each defined by kernels_isa.cpp, compiled with its flags: cmake/CpuKernels.cmake.
 #define QWEN3NEXT_DECLARE_LEVEL(isa) \
@@ -31,6 +37,7 @@ inline std::vector<Level> levels() { return {{native::kernels().name, true, nati
   const Kernels& kernels() noexcept; \
   }
 #if defined(__x86_64__)
+QWEN3NEXT_DECLARE_LEVEL(amx)
 QWEN3NEXT_DECLARE_LEVEL(avx512)
 QWEN3NEXT_DECLARE_LEVEL(avx2_vnni)
 QWEN3NEXT_DECLARE_LEVEL(avx2)
@@ -38,7 +45,8 @@ QWEN3NEXT_DECLARE_LEVEL(sse4)
 QWEN3NEXT_DECLARE_LEVEL(baseline)
 inline std::vector<Level> levels() {
   const X86 x = this_x86();
-  return {{"avx512", x.avx512(), avx512::kernels},
+  return {{"amx", x.amx(), amx::kernels},
+          {"avx512", x.avx512(), avx512::kernels},
           {"avx2_vnni", x.avx2_vnni(), avx2_vnni::kernels},
           {"avx2", x.avx2(), avx2::kernels},
           {"sse4", x.sse4(), sse4::kernels},

@@ -3,7 +3,7 @@
 //
 // Three steps with a barrier between:
 //   1. h = silu(gate x) * up x     shared out by (expert, rows)
-//   2. h quantised                 shared out by rows of h
+//   2. h quantised, in panels      shared out by rows of h, then by expert
 //   3. out = sum weight * down h   shared out by columns of out
 // Sums over experts run in the order of their ids: the same for any number of tokens and threads.
 
@@ -36,20 +36,21 @@ class ExpertLayer {
       shares_.add(width, row_unit, static_cast<std::int64_t>(bytes) * (8 + job.count));
     }
     const std::int64_t down_work = static_cast<std::int64_t>(pairs) * width * D;
-    team.run(2 * down_work, [&](int thread, int threads) {
+    const int each = x.n_rows > k.row_tokens ? pieces_each : 1;
+    team.pieces(each, 2 * down_work, [&](int piece, int pieces, int thread) {
       const Workspace space = workspaces_[thread];
-      shares_.mine(thread, threads, [&](int i, int begin, int end) {
+      shares_.mine(piece, pieces, [&](int i, int begin, int end) {
         const Job& job = jobs_[static_cast<std::size_t>(i)];
         const ExpertView& e = *job.expert;
         const std::int32_t* tokens = tokens_.data() + job.begin;
-        collect(k, in, tokens, job.count, e.gate.type, space);
-        if (info(e.up.type).quantised != info(e.gate.type).quantised)
-          collect(k, in, tokens, job.count, e.up.type, space);
+        if (uses_strips(k, job.count, e.gate.type) || uses_strips(k, job.count, e.up.type))
+          collect(k, in, tokens, job.count, space.panels);
         const int chunk = std::min(chunk_of(k, e.gate, job.count), chunk_of(k, e.up, job.count));
         for (int r = begin; r < end; r += chunk) {
           const int n = std::min(chunk, end - r);
-          multiply(k, e.gate, r, n, in, tokens, job.count, space, space.y, chunk);
-          multiply(k, e.up, r, n, in, tokens, job.count, space, space.z, chunk);
+          const Soon soon = r + n < end ? rows_ahead(e.gate, r + n, chunk) : next_job(i, &ExpertView::gate, 0);
+          multiply(k, e.gate, r, n, in, tokens, job.count, space, space.y, chunk, rows_ahead(e.up, r, n));
+          multiply(k, e.up, r, n, in, tokens, job.count, space, space.z, chunk, soon);
           for (int s = 0; s < job.count; ++s) {
             k.swiglu(h + static_cast<std::ptrdiff_t>(job.begin + s) * width + r, space.y + s * chunk,
                      space.z + s * chunk, n);
@@ -60,20 +61,23 @@ class ExpertLayer {
 
     if (any_quantised(&ExpertView::down)) h_.prepare(k, team, h, width, pairs, width);
     const Input hidden{&h_, h, width, width};
+    pack_hidden(k, team, hidden);
     const int H = out.n_cols, units = (H + row_unit - 1) / row_unit;
-    team.run(down_work, [&](int thread, int threads) {
-      const int first = units * thread / threads * row_unit,
-                last = std::min(units * (thread + 1) / threads * row_unit, H);
+    team.pieces(each, down_work, [&](int piece, int pieces, int thread) {
+      const int first = units * piece / pieces * row_unit, last = std::min(units * (piece + 1) / pieces * row_unit, H);
       if (first >= last) return;
-      const Workspace space = workspaces_[thread];
+      Workspace space = workspaces_[thread];
       for (int t = 0; t < x.n_rows; ++t) std::fill(out.row(t) + first, out.row(t) + last, 0.0f);
-      for (const Job& job : jobs_) {
+      for (int i = 0; i < static_cast<int>(jobs_.size()); ++i) {
+        const Job& job = jobs_[static_cast<std::size_t>(i)];
+        const WeightView& down = job.expert->down;
         const std::int32_t* positions = identity_.data() + job.begin;
-        collect(k, hidden, positions, job.count, job.expert->down.type, space);
-        const int chunk = chunk_of(k, job.expert->down, job.count);
+        space.panels = {panels_[job.first_panel], panels_.stride};
+        const int chunk = chunk_of(k, down, job.count);
         for (int r = first; r < last; r += chunk) {
           const int n = std::min(chunk, last - r);
-          multiply(k, job.expert->down, r, n, hidden, positions, job.count, space, space.y, chunk);
+          const Soon soon = r + n < last ? rows_ahead(down, r + n, chunk) : next_job(i, &ExpertView::down, first);
+          multiply(k, down, r, n, hidden, positions, job.count, space, space.y, chunk, soon);
           for (int s = 0; s < job.count; ++s) {
             const auto pair = static_cast<std::size_t>(job.begin + s);
             k.add(out.row(tokens_[pair]) + r, space.y + s * chunk, weights_[pair], n);
@@ -90,6 +94,7 @@ class ExpertLayer {
   struct Job {
     const ExpertView* expert;
     int begin, count;
+    int first_panel;  // of its rows of h
   };
   // Rows of activations, quantised and not.
   struct Input {
@@ -101,14 +106,14 @@ class ExpertLayer {
   // Room of one thread: y, z [count, chunk] and what the products need.
   struct Workspace {
     float *y, *z, *rows, *expanded;
-    std::byte *strip, *panels;
-    std::size_t panel_stride;
+    std::byte* strips;
+    Scratch::Pieces panels;  // of the expert at hand
   };
   class Workspaces {
    public:
     void reserve(const Kernels& k, const Team& team, int n, int count) {
       const auto tokens = static_cast<std::size_t>(count), threads = static_cast<std::size_t>(team.size());
-      panel_stride_ = (k.panel_bytes(n, k.max_panel) + 63) / 64 * 64;
+      panel_stride_ = (k.panel_bytes(n, k.max_panel) + 127) / 128 * 128;
       const std::size_t values =
           std::max(tokens * row_chunk, std::min<std::size_t>(tokens, max_row_tokens) * few_tokens_chunk);
       y_ = scratch_[0].pieces(threads, values * sizeof(float));
@@ -116,7 +121,7 @@ class ExpertLayer {
       rows_ = scratch_[2].pieces(
           threads, std::min<std::size_t>(tokens, float_token_block) * static_cast<std::size_t>(n) * sizeof(float));
       expanded_ = scratch_[5].pieces(threads, row_chunk * static_cast<std::size_t>(n) * sizeof(float));
-      strip_ = scratch_[3].pieces(threads, k.strip_bytes(n));
+      strips_ = scratch_[3].pieces(threads, strips_bytes(k, n));
       panels_ = scratch_[4].pieces(threads, static_cast<std::size_t>(Panels(count, k.max_panel).count) * panel_stride_);
     }
     Workspace operator[](int thread) const noexcept {
@@ -124,14 +129,13 @@ class ExpertLayer {
               reinterpret_cast<float*>(z_[thread]),
               reinterpret_cast<float*>(rows_[thread]),
               reinterpret_cast<float*>(expanded_[thread]),
-              strip_[thread],
-              panels_[thread],
-              panel_stride_};
+              strips_[thread],
+              {panels_[thread], panel_stride_}};
     }
 
    private:
     Scratch scratch_[6];
-    Scratch::Pieces y_{}, z_{}, rows_{}, expanded_{}, strip_{}, panels_{};
+    Scratch::Pieces y_{}, z_{}, rows_{}, expanded_{}, strips_{}, panels_{};
     std::size_t panel_stride_ = 0;
   };
 
@@ -150,7 +154,7 @@ class ExpertLayer {
       const int count = starts_[e + 1];
       starts_[e + 1] += starts_[e];
       if (count == 0) continue;
-      jobs_.push_back({&expert_of(static_cast<int>(e)), starts_[e], count});
+      jobs_.push_back({&expert_of(static_cast<int>(e)), starts_[e], count, 0});
       max_count_ = std::max(max_count_, count);
     }
     for (std::size_t i = 0; i < pairs; ++i) {
@@ -160,20 +164,29 @@ class ExpertLayer {
     }
   }
 
+  // What the job after job i begins with.
+  Soon next_job(int i, WeightView ExpertView::*matrix, int row) const noexcept {
+    const auto next = static_cast<std::size_t>(i) + 1;
+    return next < jobs_.size() ? rows_ahead(jobs_[next].expert->*matrix, row, row_chunk) : Soon{nullptr, 0};
+  }
+
   bool any_quantised(WeightView ExpertView::*matrix) const noexcept {
     return std::any_of(jobs_.begin(), jobs_.end(),
                        [&](const Job& job) { return info((job.expert->*matrix).type).quantised; });
   }
 
-  // Packs the chosen rows into panels, where a product with strips will want them.
-  static void collect(const Kernels& k, const Input& in, const std::int32_t* chosen, int count, DType type,
-                      const Workspace& space) noexcept {
-    if (!info(type).quantised || count <= k.row_tokens) return;
+  static bool uses_strips(const Kernels& k, int count, DType type) noexcept {
+    return info(type).quantised && count > k.row_tokens;
+  }
+
+  // Packs the chosen rows into panels.
+  static void collect(const Kernels& k, const Input& in, const std::int32_t* chosen, int count,
+                      const Scratch::Pieces& out) noexcept {
     const Panels panels(count, k.max_panel);
     const std::byte* rows[64];
     for (int p = 0; p < panels.count; ++p) {
       for (int t = 0; t < panels.width(p); ++t) rows[t] = in.quantized->row(chosen[panels.begin(p) + t]);
-      k.pack_panel(rows, panels.width(p), in.n, space.panels + static_cast<std::size_t>(p) * space.panel_stride);
+      k.pack_panel(rows, panels.width(p), in.n, out[p]);
     }
   }
 
@@ -182,12 +195,27 @@ class ExpertLayer {
     return info(w.type).quantised && count <= k.row_tokens ? few_tokens_chunk : row_chunk;
   }
 
+  // The panels of h, for all who multiply with them.
+  void pack_hidden(const Kernels& k, const Team& team, const Input& hidden) {
+    int panels = 0;
+    for (Job& job : jobs_) {
+      job.first_panel = panels;
+      if (uses_strips(k, job.count, job.expert->down.type)) panels += Panels(job.count, k.max_panel).count;
+    }
+    if (panels == 0) return;
+    panels_ = panel_scratch_.pieces(static_cast<std::size_t>(panels), k.panel_bytes(hidden.n, k.max_panel));
+    const auto n = static_cast<int>(jobs_.size());
+    team.each(n, std::int64_t{16} * panels / n * k.max_panel * hidden.n, [&](int i, int) {
+      const Job& job = jobs_[static_cast<std::size_t>(i)];
+      if (uses_strips(k, job.count, job.expert->down.type))
+        collect(k, hidden, identity_.data() + job.begin, job.count, {panels_[job.first_panel], panels_.stride});
+    });
+  }
+
   // y[s, j] = row r + j of w times chosen input s;  y [count, chunk].
   static void multiply(const Kernels& k, const WeightView& w, int r, int n, const Input& in, const std::int32_t* chosen,
-                       int count, const Workspace& space, float* y, int chunk) noexcept {
+                       int count, const Workspace& space, float* y, int chunk, const Soon& soon) noexcept {
     const auto type = index(w.type);
-    const std::byte* rows[few_tokens_chunk];
-    row_pointers(w, r, n, rows);
     if (!info(w.type).quantised) {
       for (int begin = 0; begin < count; begin += float_token_block) {
         const int T = std::min(float_token_block, count - begin);
@@ -195,20 +223,14 @@ class ExpertLayer {
         float_rows_product(k, w, r, n, space.rows, in.n, T, space.expanded, y + begin * chunk, chunk);
       }
     } else if (count <= k.row_tokens) {
+      const std::byte* rows[few_tokens_chunk];
+      row_pointers(w, r, n, rows);
       const std::byte* operands[max_row_tokens];
       for (int s = 0; s < count; ++s) operands[s] = in.quantized->operand(chosen[s]);
       k.row_product[type](rows, n, in.n, operands, count, y, chunk);
     } else {
-      const Panels panels(count, k.max_panel);
-      for (int j = 0; j < n; j += k.lanes) {
-        const int lanes = std::min(k.lanes, n - j);
-        k.pack_strip[type](rows + j, lanes, in.n, space.strip);
-        for (int p = 0; p < panels.count; ++p) {
-          k.strip_product[type](space.strip, lanes, in.n,
-                                space.panels + static_cast<std::size_t>(p) * space.panel_stride, panels.width(p),
-                                y + panels.begin(p) * chunk + j, chunk);
-        }
-      }
+      strips_product(
+          k, w, r, n, Panels(count, k.max_panel), [&](int p) { return space.panels[p]; }, space.strips, y, chunk, soon);
     }
     apply_scale(k, w, y, chunk, count, n);
   }
@@ -219,7 +241,8 @@ class ExpertLayer {
   std::vector<float> weights_;
   int max_count_ = 0;
   QuantizedRows x_, h_;
-  Scratch h_scratch_;
+  Scratch h_scratch_, panel_scratch_;
+  Scratch::Pieces panels_{};
   Workspaces workspaces_;
   Shares shares_;
 };

@@ -13,8 +13,15 @@
 namespace qwen3next::cpu::QWEN3NEXT_ISA {
 namespace QWEN3NEXT_KERNEL_UNIT {
 
-// x86 wants one operand unsigned: panels hold activations + 128 there, and strips the sums to take off again.
-#if QWEN3NEXT_X86 && defined(__SSSE3__)
+// AMX: strips are multiplied by tiles, which takes signed operands.  See strip_product_amx.hpp.
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AVX512VNNI__)
+#define QWEN3NEXT_TILES 1
+#else
+#define QWEN3NEXT_TILES 0
+#endif
+
+// x86 vectors want one operand unsigned: panels hold activations + 128 there, and strips the sums to take off again.
+#if QWEN3NEXT_X86 && defined(__SSSE3__) && !QWEN3NEXT_TILES
 constexpr int panel_bias = 128;
 #else
 constexpr int panel_bias = 0;

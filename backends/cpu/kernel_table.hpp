@@ -18,6 +18,12 @@ inline constexpr std::size_t dtype_count = dtype_table.size();
 //   f32 s[n/16]  d * the sum of 16 q: what the minimum of a block of weights is multiplied with
 constexpr std::size_t quantized_row_bytes(int n) noexcept { return static_cast<std::size_t>(n / 8 * 11); }
 
+// Memory that will be read next, if any.
+struct Soon {
+  const std::byte* data;
+  std::size_t bytes;
+};
+
 // A strip of weights for prefill holds `lanes` rows of one matrix, unpacked and interleaved; a panel holds up to
 // `max_panel` rows of activations, interleaved likewise.  See strip_product.hpp.
 struct Kernels {
@@ -58,8 +64,9 @@ struct Kernels {
   void (*pack_panel)(const std::byte* const* rows, int T, int n, std::byte* panel) noexcept;
   using PackStrip = void (*)(const std::byte* const* w, int rows, int n, std::byte* strip) noexcept;
   PackStrip pack_strip[dtype_count];
+  // Meanwhile fetches `soon` to the second cache.
   using StripProduct = void (*)(const std::byte* strip, int rows, int n, const std::byte* panel, int T, float* y,
-                                std::ptrdiff_t y_stride) noexcept;
+                                std::ptrdiff_t y_stride, const Soon& soon) noexcept;
   StripProduct strip_product[dtype_count];
 
   // --- rows of any type as floats.

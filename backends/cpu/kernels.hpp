@@ -27,6 +27,7 @@
 #include "backends/cpu/simd.hpp"
 #include "backends/cpu/strip_pack_avx512.hpp"
 #include "backends/cpu/strip_product.hpp"
+#include "backends/cpu/strip_product_amx.hpp"
 #include "backends/cpu/unpack.hpp"
 
 #define QWEN3NEXT_STRING_OF(x) #x

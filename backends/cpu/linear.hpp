@@ -19,6 +19,7 @@ constexpr int row_chunk = 64;          // rows handed to a kernel at once
 constexpr int few_tokens_chunk = 512;  // the same in decode: memory is read fastest where it is read on and on
 constexpr int float_token_block = 48;  // tokens whose fp32 rows stay in L2 while weights pass
 constexpr int max_row_tokens = 16;     // of Kernels::row_tokens
+constexpr int pieces_each = 4;         // of a long work, for each thread
 constexpr int expand_tokens = 9;       // from so many on, rows of F8_E4M3 are expanded once for all
 
 inline void row_pointers(const WeightView& w, int begin, int count, const std::byte** rows) noexcept {
@@ -29,6 +30,51 @@ inline void row_pointers(const WeightView& w, int begin, int count, const std::b
         w.data + static_cast<std::size_t>(group) * w.group_stride + static_cast<std::size_t>(inside) * bytes;
     const int run = std::min(count - i, w.group_rows - inside);
     for (int j = 0; j < run; ++j, row += bytes) rows[i++] = row;
+  }
+}
+
+// Tokens in panels of equal width, at most max_panel.
+struct Panels {
+  Panels(int n, int max_panel) : tokens(n), count((n + max_panel - 1) / max_panel) {}
+  int tokens, count;
+  int begin(int panel) const noexcept { return static_cast<int>(static_cast<std::int64_t>(tokens) * panel / count); }
+  int width(int panel) const noexcept { return begin(panel + 1) - begin(panel); }
+};
+
+// Rows [begin, begin + count) of a matrix, as far as they exist and lie in one piece.
+inline Soon rows_ahead(const WeightView& w, int begin, int count) noexcept {
+  if (begin >= w.rows) return {nullptr, 0};
+  const int n = std::min({count, w.rows - begin, w.group_rows - begin % w.group_rows});
+  return {w.row(begin), static_cast<std::size_t>(n) * w.row_bytes()};
+}
+
+// Room for the strips of row_chunk rows: they are unpacked together, so that a panel passes by once for all of them,
+// and fit into the second cache (4096 columns of the largest form: 450 KB).
+inline std::size_t strips_bytes(const Kernels& k, int n) noexcept {
+  return static_cast<std::size_t>(row_chunk / k.lanes) * k.strip_bytes(n);
+}
+
+// y[t, j] = row begin + j of a quantised w times token t, for n <= row_chunk rows and all panels.  `soon` is what will
+// be unpacked after that.
+template <class PanelAt>
+void strips_product(const Kernels& k, const WeightView& w, int begin, int n, const Panels& panels, PanelAt panel_at,
+                    std::byte* strips, float* y, std::ptrdiff_t y_stride, const Soon& soon) noexcept {
+  const auto type = index(w.type);
+  const std::size_t strip_bytes = k.strip_bytes(w.cols);
+  const int count = (n + k.lanes - 1) / k.lanes;
+  const std::byte* rows[row_chunk];
+  row_pointers(w, begin, n, rows);
+  auto lanes_of = [&](int s) { return std::min(k.lanes, n - s * k.lanes); };
+  auto strip = [&](int s) { return strips + static_cast<std::size_t>(s) * strip_bytes; };
+  for (int s = 0; s < count; ++s) k.pack_strip[type](rows + s * k.lanes, lanes_of(s), w.cols, strip(s));
+  const auto products = static_cast<std::size_t>(panels.count * count);
+  std::size_t done = 0;
+  for (int p = 0; p < panels.count; ++p) {
+    for (int s = 0; s < count; ++s, ++done) {
+      const std::size_t from = soon.bytes * done / products, to = soon.bytes * (done + 1) / products;
+      k.strip_product[type](strip(s), lanes_of(s), w.cols, panel_at(p), panels.width(p),
+                            y + panels.begin(p) * y_stride + s * k.lanes, y_stride, {soon.data + from, to - from});
+    }
   }
 }
 
@@ -110,14 +156,6 @@ class Shares {
   std::int64_t total_ = 0;
 };
 
-// Tokens in panels of equal width, at most max_panel.
-struct Panels {
-  Panels(int n, int max_panel) : tokens(n), count((n + max_panel - 1) / max_panel) {}
-  int tokens, count;
-  int begin(int panel) const noexcept { return static_cast<int>(static_cast<std::int64_t>(tokens) * panel / count); }
-  int width(int panel) const noexcept { return begin(panel + 1) - begin(panel); }
-};
-
 // Rows of activations as the quantised kernels want them.
 class QuantizedRows {
  public:
@@ -166,12 +204,12 @@ class Linear {
       shares_.add(item.weight.rows, unit, static_cast<std::int64_t>(item.weight.row_bytes()) * unit);
     }
     const Scratch::Pieces strip =
-        strip_scratch_.pieces(static_cast<std::size_t>(team.size()), any_quantised && strips ? k.strip_bytes(D) : 0);
+        strip_scratch_.pieces(static_cast<std::size_t>(team.size()), any_quantised && strips ? strips_bytes(k, D) : 0);
     const Scratch::Pieces expanded = expanded_scratch_.pieces(
         static_cast<std::size_t>(team.size()),
         any_f8 && T >= expand_tokens ? sizeof(float) * row_chunk * static_cast<std::size_t>(D) : 0);
-    team.run(work, [&](int thread, int threads) {
-      shares_.mine(thread, threads, [&](int i, int begin, int end) {
+    team.pieces(strips ? pieces_each : 1, work, [&](int piece, int pieces, int thread) {
+      shares_.mine(piece, pieces, [&](int i, int begin, int end) {
         const Item& item = items[static_cast<std::size_t>(i)];
         if (!info(item.weight.type).quantised)
           float_rows(k, item, x, begin, end, reinterpret_cast<float*>(expanded[thread]));
@@ -203,18 +241,12 @@ class Linear {
     });
   }
 
-  void strip_rows(const Kernels& k, const Item& item, int T, int begin, int end, std::byte* strip) const noexcept {
+  void strip_rows(const Kernels& k, const Item& item, int T, int begin, int end, std::byte* strips) const noexcept {
     const Panels panels(T, k.max_panel);
-    const auto type = index(item.weight.type);
-    const std::byte* rows[64];
-    for (int r = begin; r < end; r += k.lanes) {
-      const int n = std::min(k.lanes, end - r);
-      row_pointers(item.weight, r, n, rows);
-      k.pack_strip[type](rows, n, item.weight.cols, strip);
-      for (int p = 0; p < panels.count; ++p) {
-        k.strip_product[type](strip, n, item.weight.cols, panels_[p], panels.width(p), item.y.row(panels.begin(p)) + r,
-                              item.y.stride);
-      }
+    for (int r = begin; r < end; r += row_chunk) {
+      strips_product(
+          k, item.weight, r, std::min(row_chunk, end - r), panels, [&](int p) { return panels_[p]; }, strips,
+          item.y.row(0) + r, item.y.stride, rows_ahead(item.weight, r + row_chunk, row_chunk));
     }
   }
 

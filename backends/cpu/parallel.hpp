@@ -47,6 +47,15 @@ class Team {
     });
   }
 
+  // f(piece, pieces, thread): `each` pieces for each thread, of which slow threads do fewer.
+  template <class F>
+  void pieces(int each, std::int64_t work, F f) const {
+    if (each == 1) return run(work, [&](int share, int shares) { f(share, shares, share); });
+    if (size() == 1 || work < worth_sharing) return f(0, 1, 0);
+    const int n = each * size();
+    this->each(n, work / n + 1, [&](int i, int thread) { f(i, n, thread); });
+  }
+
   // f(begin, end) over [0, n) in one piece per thread.  A value read, worked on and written counts for 16.
   template <class F>
   void split(int n, std::int64_t values_each, F f) const {

@@ -75,33 +75,30 @@ struct RowBlocks {
     for (int r = 0; r < 16; ++r) h[r] = peek<std::uint16_t>(row[r] + at + offset);
     return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(h)));
   }
-  // The rows of the next strip, which in a file lie behind these: to L2 while this strip is being multiplied.
-  QWEN3NEXT_FORCE_INLINE void prefetch(int bytes, std::ptrdiff_t row_bytes) const noexcept {
-    for (int r = 0; r < 16; ++r) {
-      for (int line = 0; line < bytes; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(row[r] + at + 16 * row_bytes) + line, _MM_HINT_T1);
-    }
-  }
 };
 
 // Writes groups of a strip: weights, then scale and start.
 template <class Type>
 struct StripWriter {
-  static constexpr int vector = 64, tail = Type::group * lanes, group_bytes = tail + (Type::has_min ? 3 : 2) * vector;
+  using Group = StripGroup<Type>;
   std::byte* out;
   __m512i sum[Type::elements / Type::group];
 
   QWEN3NEXT_FORCE_INLINE void weights(int group, int four, __m512i w) noexcept {
-    _mm512_storeu_si512(out + group * group_bytes + four * vector, w);
-    sum[group] = _mm512_dpbusd_epi32(four == 0 ? _mm512_setzero_si512() : sum[group], _mm512_set1_epi8(1), w);
+    _mm512_storeu_si512(out + group * Group::bytes + four * Group::vector, w);
+    if constexpr (panel_bias != 0)
+      sum[group] = _mm512_dpbusd_epi32(four == 0 ? _mm512_setzero_si512() : sum[group], _mm512_set1_epi8(1), w);
   }
   QWEN3NEXT_FORCE_INLINE void scale(int group, __m512 scale) noexcept {
-    std::byte* p = out + group * group_bytes + tail;
-    _mm512_storeu_ps(p, scale);
-    _mm512_storeu_si512(p + vector, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum[group], 7)));
+    std::byte* p = out + group * Group::bytes;
+    _mm512_storeu_ps(p + Group::scale, scale);
+    if constexpr (panel_bias != 0) {
+      static_assert(panel_bias == 128 || panel_bias == 0);
+      _mm512_storeu_si512(p + Group::start, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum[group], 7)));
+    }
   }
   QWEN3NEXT_FORCE_INLINE void negative_min(int group, __m512 min) noexcept {
-    _mm512_storeu_ps(out + group * group_bytes + tail + 2 * vector, min);
+    _mm512_storeu_ps(out + group * Group::bytes + Group::min, min);
   }
 };
 
@@ -206,9 +203,8 @@ void pack_strip_transposed(const std::byte* const* w, int n_rows, int n, std::by
   strip.out = out;
   const std::ptrdiff_t row_bytes = n / Type::elements * Type::bytes;
   for (rows.at = 0; rows.at < row_bytes; rows.at += Type::bytes) {
-    rows.prefetch(Type::bytes, row_bytes);
     pack_block(rows, strip);
-    strip.out += Type::elements / Type::group * StripWriter<Type>::group_bytes;
+    strip.out += Type::elements / Type::group * StripGroup<Type>::bytes;
   }
 }
 

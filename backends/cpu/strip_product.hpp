@@ -6,12 +6,13 @@
 //
 //   strip, for each group of 16 or 32 columns:    i8 w[group/deep][lanes][deep]  f32 scale[lanes]  i32 start[lanes]
 //                                                 (f32 -min[lanes] if the type has minima)
-//   panel, for each block of 32 columns:          u8 x[32/deep][padded T][deep]  f32 d[T]  f32 s[T]
+//   panel, for each block of 32 columns:          u8 x[32/deep][padded T][deep]  f32 d[T]  f32 s[T]  f32 s16[T]
 //
-// deep = 4, but for AArch64's int8 matrix product (smmla), which multiplies 8 columns of 2 rows and of 2 tokens.
-// Lanes are rows, so no sum runs across lanes, and T may be any number.  A group of 32 costs a token 8 dot
-// instructions, one conversion, one product and one or two multiply-adds.  `start` takes off the panel_bias that
-// x86 adds to activations.
+// deep = 4, but for AArch64's int8 matrix product (smmla), which multiplies 8 columns of 2 rows and of 2 tokens; AMX
+// has panels of its own (strip_product_amx.hpp).  Lanes are rows, so no sum runs across lanes, and T may be any number.
+// A group of 32 costs a token 8 dot instructions, one conversion, one product and one or two multiply-adds: 11 cycles
+// on Zen 4 (all but the conversion on two half-wide units) for 512 products.  `start` takes off the panel_bias that x86
+// adds to activations.  s is d times the sum of 32 activations, s16 of the first 16: minima are multiplied with them.
 
 #include "backends/cpu/int8_dot.hpp"
 #include "backends/cpu/row_product.hpp"
@@ -20,8 +21,10 @@
 namespace qwen3next::cpu::QWEN3NEXT_ISA {
 namespace QWEN3NEXT_KERNEL_UNIT {
 
-// Tokens of a panel: an int and a float accumulator each, of 32 or 16 registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
+// Tokens of a panel: an int and a float accumulator each, of 32 or 16 registers; the rows of a tile.
+#if QWEN3NEXT_TILES
+constexpr int max_panel = 16;
+#elif defined(__AVX512F__) || defined(__aarch64__)
 constexpr int max_panel = 12;
 #else
 constexpr int max_panel = 4;
@@ -33,12 +36,28 @@ constexpr int deep = 8;
 constexpr int deep = 4;
 #endif
 constexpr int padded(int T) noexcept { return deep == 8 ? (T + 1) / 2 * 2 : T; }  // its products are not used
-constexpr int panel_block(int T) noexcept { return 32 * padded(T) + 8 * T; }
+constexpr int panel_block(int T) noexcept { return 32 * padded(T) + 12 * T; }
+
+// Where the parts of a group lie in a strip, in bytes.  Without panel_bias nothing is to be taken off: no `start`.
+template <class Form>
+struct StripGroup {
+  static constexpr int vector = 4 * lanes, scale = Form::group * lanes, start = scale + vector;
+  static constexpr int min = start + (panel_bias ? vector : 0), bytes = min + (Form::has_min ? vector : 0);
+};
 
 // Of the largest strip: groups of 16 with minima.
 inline std::size_t strip_bytes(int n) noexcept { return static_cast<std::size_t>(n / 4 * 7 * lanes); }
 inline std::size_t panel_bytes(int n, int T) noexcept { return static_cast<std::size_t>(n / 32 * panel_block(T)); }
 
+// d, s and s16 of block b of one token.
+QWEN3NEXT_FORCE_INLINE void pack_panel_tail(const RowParts& x, int b, std::byte* tail, int T) noexcept {
+  const float s = x.s[2 * b] + x.s[2 * b + 1];
+  std::memcpy(tail, x.d + b, 4);
+  std::memcpy(tail + 4 * T, &s, 4);
+  std::memcpy(tail + 8 * T, x.s + 2 * b, 4);
+}
+
+#if !QWEN3NEXT_TILES
 inline void pack_panel(const std::byte* const* rows, int T, int n, std::byte* panel) noexcept {
   for (int t = 0; t < T; ++t) {
     const RowParts x = row_parts(rows[t], n);
@@ -48,58 +67,41 @@ inline void pack_panel(const std::byte* const* rows, int T, int n, std::byte* pa
         const std::uint32_t four = peek<std::uint32_t>(x.q + 32 * b + k) ^ (panel_bias ? 0x80808080u : 0u);
         std::memcpy(block + deep * (k / deep * padded(T) + t) + k % deep, &four, 4);
       }
-      const float s = x.s[2 * b] + x.s[2 * b + 1];
-      std::byte* tail = block + 32 * padded(T) + 4 * t;
-      std::memcpy(tail, x.d + b, 4);
-      std::memcpy(tail + 4 * T, &s, 4);
+      pack_panel_tail(x, b, block + 32 * padded(T) + 4 * t, T);
     }
   }
 }
 
+#endif
+
 // Rows [rows, lanes) of a strip that has fewer are copies of the first; their results are not stored.
 template <class Type>
 void pack_strip(const std::byte* const* w, int rows, int n, std::byte* strip) noexcept {
-  constexpr int groups = Type::elements / Type::group, vector = 4 * lanes;
-  constexpr int group_bytes = Type::group * lanes + (Type::has_min ? 3 : 2) * vector;
+  using Group = StripGroup<Type>;
+  constexpr int groups = Type::elements / Type::group;
   for (int i = 0, block = 0; i < n; i += Type::elements, ++block) {
     for (int r = 0; r < lanes; ++r) {
       alignas(64) std::int8_t q[Type::elements];
       float scale[16], min[16];
       Type::unpack(w[r < rows ? r : 0] + block * Type::bytes, q, scale, min);
-      std::byte* out = strip + deep * r;
-      for (int g = 0; g < groups; ++g, out += group_bytes) {
-        std::int32_t start = 0;
-        for (int k = 0; k < Type::group; ++k) start -= panel_bias * q[g * Type::group + k];
-        for (int k = 0; k < Type::group; k += deep) std::memcpy(out + k * lanes, q + g * Type::group + k, deep);
-        std::byte* tail = out + Type::group * lanes - (deep - 4) * r;
-        std::memcpy(tail, scale + g, 4);
-        std::memcpy(tail + vector, &start, 4);
+      std::byte* out = strip;
+      for (int g = 0; g < groups; ++g, out += Group::bytes) {
+        for (int k = 0; k < Type::group; k += deep)
+          std::memcpy(out + k * lanes + deep * r, q + g * Type::group + k, deep);
+        std::memcpy(out + Group::scale + 4 * r, scale + g, 4);
+        if constexpr (panel_bias != 0) {
+          std::int32_t start = 0;
+          for (int k = 0; k < Type::group; ++k) start -= panel_bias * q[g * Type::group + k];
+          std::memcpy(out + Group::start + 4 * r, &start, 4);
+        }
         if constexpr (Type::has_min) {
           const float negative = -min[g];
-          std::memcpy(tail + 2 * vector, &negative, 4);
+          std::memcpy(out + Group::min + 4 * r, &negative, 4);
         }
       }
     }
-    strip += groups * group_bytes;
+    strip += groups * Group::bytes;
   }
-}
-
-struct Ones {
-  alignas(64) std::int8_t w[4 * lanes];
-  constexpr Ones() noexcept : w{} {
-    for (std::int8_t& one : w) one = 1;
-  }
-};
-inline constexpr Ones ones{};
-
-// The sum of 16 activations of a token, in all lanes: a panel has only those of 32.
-template <int T>
-QWEN3NEXT_FORCE_INLINE F sum16(const std::byte* x) noexcept {
-  I sum(-16 * panel_bias);
-#pragma GCC unroll 4
-  for (int k = 0; k < 16; k += 4)
-    sum = dot4<false>(sum, peek<std::int32_t>(x + k / deep * deep * padded(T) + k % deep), ones.w);
-  return to_floats(sum);
 }
 
 // All that a product needs to know of a type once its blocks are unpacked; types of one form share its code.
@@ -111,6 +113,47 @@ struct StripForm {
 template <class Type>
 using FormOf = StripForm<Type::group, Type::has_min, Type::wide>;
 
+// The sum of token t's activations that a group's minimum is multiplied with, in all lanes.
+template <class Form>
+QWEN3NEXT_FORCE_INLINE F panel_sum(const std::byte* s, int T, int t, int half) noexcept {
+  const F all(peek<float>(s + 4 * t));
+  if constexpr (Form::group == 32) return all;
+  const F first(peek<float>(s + 4 * T + 4 * t));
+  return half == 0 ? first : all - first;
+}
+
+// acc[t] += scale d[t] sum(t) - min s[t]: one group of columns, `tail` the d of its panel block.
+template <class Form, int T, class Sum>
+QWEN3NEXT_FORCE_INLINE void add_group(const std::byte* strip, const std::byte* tail, int half, Sum sum,
+                                      F* acc) noexcept {
+  using Group = StripGroup<Form>;
+  const F scale = load(reinterpret_cast<const float*>(strip + Group::scale));
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) acc[t] = mul_add(to_floats(sum(t)), scale * F(peek<float>(tail + 4 * t)), acc[t]);
+  if constexpr (Form::has_min) {
+    const F min = load(reinterpret_cast<const float*>(strip + Group::min));
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) acc[t] = mul_add(min, panel_sum<Form>(tail + 4 * T, T, t, half), acc[t]);
+  }
+}
+
+// Fetches memory to the second cache in equal steps, while computing leaves the bus idle.
+class Prefetch {
+ public:
+  QWEN3NEXT_FORCE_INLINE Prefetch(const Soon& soon, int steps) noexcept
+      : at_(reinterpret_cast<const char*>(soon.data)), end_(at_ + soon.bytes) {
+    step_ = (static_cast<std::ptrdiff_t>(soon.bytes) / steps + 63) / 64 * 64;
+  }
+  QWEN3NEXT_FORCE_INLINE void step() noexcept {
+    for (const char* stop = at_ + step_; at_ < stop && at_ < end_; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char *at_, *end_;
+  std::ptrdiff_t step_;
+};
+
+#if !QWEN3NEXT_TILES
 // sums[t] lane r = start + the products of one group of columns of row r and token t.
 template <class Form, int T>
 QWEN3NEXT_FORCE_INLINE void multiply_group(const std::byte* strip, const std::byte* x, I start, I* sums) noexcept {
@@ -147,50 +190,27 @@ QWEN3NEXT_FORCE_INLINE void multiply_group(const std::byte* strip, const std::by
 }
 
 template <class Form, int T>
-void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel, float* y,
-                std::ptrdiff_t y_stride) noexcept {
-  constexpr int vector = 4 * lanes;
+void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel, float* y, std::ptrdiff_t y_stride,
+                const Soon& soon) noexcept {
+  using Group = StripGroup<Form>;
+  Prefetch prefetch(soon, n / 32);
   F acc[T];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) acc[t] = F(0.0f);
   for (int b = 0; b < n / 32; ++b, panel += panel_block(T)) {
-    const std::byte *d = panel + 32 * padded(T), *s = d + 4 * T;
-    for (int half = 0; half < 32 / Form::group; ++half) {
-      const std::byte* x = panel + half * Form::group * padded(T);
+    prefetch.step();
+    for (int half = 0; half < 32 / Form::group; ++half, strip += Group::bytes) {
+      const I start = panel_bias ? load(reinterpret_cast<const std::int32_t*>(strip + Group::start)) : I(0);
       I sums[T];
-      multiply_group<Form, T>(strip, x,
-                              load(reinterpret_cast<const std::int32_t*>(strip + Form::group * lanes + vector)), sums);
-      const F scale = load(reinterpret_cast<const float*>(strip + Form::group * lanes));
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) acc[t] = mul_add(to_floats(sums[t]), scale * F(peek<float>(d + 4 * t)), acc[t]);
-      if constexpr (Form::has_min) {
-        const F min = load(reinterpret_cast<const float*>(strip + Form::group * lanes + 2 * vector));
-#pragma GCC unroll 16
-        for (int t = 0; t < T; ++t) {
-          if constexpr (Form::group == 32)
-            acc[t] = mul_add(min, F(peek<float>(s + 4 * t)), acc[t]);
-          else
-            acc[t] = mul_add(min, F(peek<float>(d + 4 * t)) * sum16<T>(x + deep * t), acc[t]);
-        }
-      }
-      strip += Form::group * lanes + (Form::has_min ? 3 : 2) * vector;
+      multiply_group<Form, T>(strip, panel + half * Form::group * padded(T), start, sums);
+      add_group<Form, T>(
+          strip, panel + 32 * padded(T), half, [&](int t) QWEN3NEXT_FORCE_INLINE_LAMBDA { return sums[t]; }, acc);
     }
   }
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) store_some(y + t * y_stride, acc[t], rows);
 }
-
-// y[t, r] for one strip and one panel of 1 <= T <= max_panel tokens.
-template <class Form, int T = max_panel>
-void strip_product(const std::byte* strip, int rows, int n, const std::byte* panel, int tokens, float* y,
-                   std::ptrdiff_t y_stride) noexcept {
-  if constexpr (T > 0) {
-    if (tokens == T)
-      strip_tile<Form, T>(strip, rows, n, panel, y, y_stride);
-    else
-      strip_product<Form, T - 1>(strip, rows, n, panel, tokens, y, y_stride);
-  }
-}
+#endif
 
 }  // namespace QWEN3NEXT_KERNEL_UNIT
 }  // namespace qwen3next::cpu::QWEN3NEXT_ISA

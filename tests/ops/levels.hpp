@@ -1,14 +1,19 @@
 #pragma once
-// The kernels that the tests of operations go through: the program's, and one set that only they can run.
+// The kernels that the tests of operations go through: the program's, and sets that only they can run.
 
 #include <vector>
 
 #include "backends/cpu/dispatch.hpp"
 
-#if defined(QWEN3NEXT_TEST_EVEX)
-namespace qwen3next::cpu::avx2_vnni_evex {
+#if defined(QWEN3NEXT_TEST_STAND_INS)
+namespace qwen3next::cpu {
+namespace avx2_vnni_evex {
 const Kernels& kernels() noexcept;
 }
+namespace amx_emulated {
+const Kernels& kernels() noexcept;
+}
+}  // namespace qwen3next::cpu
 #endif
 
 namespace qwen3next::test {
@@ -18,10 +23,11 @@ inline std::vector<cpu::Level> tested_levels() {
   for (const cpu::Level& level : cpu::levels()) {
     if (level.supported) levels.push_back(level);
   }
-#if defined(QWEN3NEXT_TEST_EVEX)
-  // Where avx2_vnni itself can't run.
-  if (cpu::this_x86().avx512() && !cpu::this_x86().avx2_vnni())
-    levels.push_back({"avx2_vnni_evex", true, cpu::avx2_vnni_evex::kernels});
+#if defined(QWEN3NEXT_TEST_STAND_INS)
+  // Where the level itself can't run, but the rest of its instructions can.
+  const cpu::X86 x = cpu::this_x86();
+  if (x.avx512() && !x.avx2_vnni()) levels.push_back({"avx2_vnni_evex", true, cpu::avx2_vnni_evex::kernels});
+  if (x.avx512() && !x.amx()) levels.push_back({"amx_emulated", true, cpu::amx_emulated::kernels});
 #endif
   return levels;
 }

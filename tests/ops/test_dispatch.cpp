@@ -23,11 +23,11 @@ constexpr std::uint32_t bits(std::initializer_list<int> list) {
 // Features as they came over the years.
 constexpr std::uint32_t ssse3 = bits({9}), nehalem = ssse3 | bits({19, 20, 23}), avx_fma_f16c = bits({12, 28, 29});
 constexpr std::uint32_t avx2_bmi2 = bits({5, 8}), avx512_skylake = bits({16, 17, 30, 31}), vnni = bits({11});
-constexpr std::uint64_t xmm_ymm = 0x7, all_zmm = 0xe7;
+constexpr std::uint64_t xmm_ymm = 0x7, all_zmm = 0xe7, tiles = 0x60000;
 
 std::string runs(const X86& x) {
   return std::string(x.sse4() ? "sse4 " : "") + (x.avx2() ? "avx2 " : "") + (x.avx2_vnni() ? "avx2_vnni " : "") +
-         (x.avx512() ? "avx512 " : "");
+         (x.avx512() ? "avx512 " : "") + (x.amx() ? "amx " : "");
 }
 
 // Tables with nothing but a name.
@@ -64,6 +64,13 @@ TEST_CASE("x86: processors of every age") {
   CHECK(runs(ice_lake) == "sse4 avx2 avx512 ");
   X86 sapphire_rapids = ice_lake;
   sapphire_rapids.leaf7_1_eax = bits({4});
+  CHECK(runs(sapphire_rapids) == "sse4 avx2 avx2_vnni avx512 ");  // a system that knows no tiles
+  sapphire_rapids.leaf7_edx = bits({22, 24, 25});
+  sapphire_rapids.xcr0 = all_zmm | tiles;
+  CHECK(runs(sapphire_rapids) == "sse4 avx2 avx2_vnni avx512 ");  // and one that does not let this process have them
+  sapphire_rapids.tiles_allowed = true;
+  CHECK(runs(sapphire_rapids) == "sse4 avx2 avx2_vnni avx512 amx ");
+  sapphire_rapids.leaf7_edx = bits({22, 24});  // without int8
   CHECK(runs(sapphire_rapids) == "sse4 avx2 avx2_vnni avx512 ");
 }
 
@@ -71,9 +78,15 @@ TEST_CASE("x86: registers that the system does not save are not used") {
   X86 x{.leaf1_ecx = nehalem | avx_fma_f16c,
         .leaf7_ebx = avx2_bmi2 | avx512_skylake,
         .leaf7_ecx = vnni,
+        .leaf7_edx = bits({24, 25}),
         .leaf7_1_eax = bits({4}),
-        .xcr0 = all_zmm};
-  CHECK(runs(x) == "sse4 avx2 avx2_vnni avx512 ");
+        .xcr0 = all_zmm | tiles,
+        .tiles_allowed = true};
+  CHECK(runs(x) == "sse4 avx2 avx2_vnni avx512 amx ");
+  for (std::uint64_t missing : {0x20000, 0x40000}) {  // tile configuration, tile data
+    x.xcr0 = (all_zmm | tiles) & ~missing;
+    CHECK(runs(x) == "sse4 avx2 avx2_vnni avx512 ");
+  }
   for (std::uint64_t missing : {0x20, 0x40, 0x80}) {  // mask registers, upper halves, ZMM16 to 31
     x.xcr0 = all_zmm & ~missing;
     CHECK(runs(x) == "sse4 avx2 avx2_vnni ");
