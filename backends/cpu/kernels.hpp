@@ -41,7 +41,11 @@ constexpr void use(Kernels& k, DType type) {
   const auto i = static_cast<std::size_t>(type);
   k.quantised_types |= 1u << i;
   k.row_product[i] = row_product<Type>;
+#if QWEN3NEXT_FUSED_ROWS
+  k.pack_strip[i] = pack_strip_transposed<Type>;
+#else
   k.pack_strip[i] = pack_strip<Type>;
+#endif
   k.strip_product[i] = strip_product<FormOf<Type>>;
 }
 
@@ -78,13 +82,6 @@ constexpr Kernels make_table() {
   use<IQ4_XS>(k, DType::iq4_xs);
   use<MXFP4>(k, DType::mxfp4);
   use<NVFP4>(k, DType::nvfp4);
-#if QWEN3NEXT_FUSED_ROWS
-  auto transpose = [&](DType type, Kernels::PackStrip pack) { k.pack_strip[static_cast<std::size_t>(type)] = pack; };
-  transpose(DType::q8_0, pack_strip_transposed<Q8_0>);
-  transpose(DType::q4_k, pack_strip_transposed<Q4_K>);
-  transpose(DType::q5_k, pack_strip_transposed<Q5_K>);
-  transpose(DType::q6_k, pack_strip_transposed<Q6_K>);
-#endif
   k.dequantize = dequantize;
   k.rms_norm = rms_norm;
   k.l2_norm = l2_norm;

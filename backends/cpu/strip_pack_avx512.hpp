@@ -1,7 +1,8 @@
 #pragma once
 // Strips of 16 rows with AVX-512: a block's bits are transposed as they lie in the file (16 rows of 16 dwords at a
 // time) and unpacked after that, when a vector holds the same columns of all rows and scales need no spreading.
-// A block of Q4_K costs a row 8 shuffles, 6 nibble operations and 4 dot instructions (sums for panel_bias).
+// A block of Q4_K costs a row 8 shuffles, 6 nibble operations and 4 dot instructions (sums for panel_bias).  Q4_K to
+// Q6_K and Q8_0 go this way; rows of other types are unpacked to int8 first, which takes about twice as long.
 
 #include "backends/cpu/row_product_avx512.hpp"
 #include "backends/cpu/strip_product.hpp"
@@ -193,6 +194,41 @@ QWEN3NEXT_FORCE_INLINE void pack_block(const RowBlocks& rows, StripWriter<Q8_0>&
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) strip.weights(0, j, v[j]);
   strip.scale(0, rows.halves(0));
+}
+
+// Any other type: rows are unpacked to int8 one by one, then transposed.
+template <class Type>
+QWEN3NEXT_FORCE_INLINE void pack_block(const RowBlocks& rows, StripWriter<Type>& strip) noexcept {
+  constexpr int columns = Type::elements, groups = columns / Type::group;
+  alignas(64) std::int8_t q[16][columns];
+  alignas(64) float scale[groups][16];
+  [[maybe_unused]] alignas(64) float negative_min[groups][16];
+  for (int r = 0; r < 16; ++r) {
+    float row_scale[16], row_min[16];
+    Type::unpack(rows.row[r] + rows.at, q[r], row_scale, row_min);
+    for (int g = 0; g < groups; ++g) {
+      scale[g][r] = row_scale[g];
+      if constexpr (Type::has_min) negative_min[g][r] = -row_min[g];
+    }
+  }
+  for (int c = 0; c < columns; c += 64) {
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) {
+      if constexpr (columns < 64)
+        v[r] = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(q[r])));
+      else
+        v[r] = _mm512_load_si512(q[r] + c);
+    }
+    transpose16(v);
+    constexpr int vectors = (columns < 64 ? columns : 64) / 4, group_vectors = Type::group / 4;
+#pragma GCC unroll 16
+    for (int j = 0; j < vectors; ++j) strip.weights(c / Type::group + j / group_vectors, j % group_vectors, v[j]);
+  }
+  for (int g = 0; g < groups; ++g) {
+    strip.scale(g, _mm512_load_ps(scale[g]));
+    if constexpr (Type::has_min) strip.negative_min(g, _mm512_load_ps(negative_min[g]));
+  }
 }
 
 template <class Type>

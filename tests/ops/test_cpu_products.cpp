@@ -27,6 +27,11 @@ TEST_CASE("linear: every type, odd shapes, any address") {
           }
         }
       }
+      {  // more rows than a kernel is given at once, and as many tokens as any takes row by row
+        Matrix w(random, type, 600, column_counts(type)[0]);
+        const Rows x = random_rows(random, 16, w.view.cols);
+        CHECK(nmse(run_linear(be, w.view, x), expected([&] { return exact_product(w.view, x, quantised); })) < 1e-10);
+      }
       if (quantised) {  // the price of int8 activations
         Matrix w(random, type, 64, 1024);
         const Rows x = random_rows(random, 6, 1024);
