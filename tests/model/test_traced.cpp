@@ -75,7 +75,7 @@ TEST_CASE("a batch counts shared weights once, and experts as the router picked 
     for (int i = 0; i < sequences; ++i) {
       owned.push_back(std::make_unique<SequenceState<Traced<CpuBackend>>>(traced.run.be, c));
       states.push_back(owned.back().get());
-      tokens.push_back({same ? 7 : 7 + 31 * i});
+      tokens.push_back({same ? 7 : (7 + 31 * i) % c.vocab_size});
     }
     traced.run.step(states, tokens);
     return traced.of("experts").memory;
