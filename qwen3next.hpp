@@ -224,7 +224,7 @@ class Session {
   std::int64_t context_;
   std::unique_ptr<Timeline> timeline_;
   std::vector<std::int32_t> tokens_;
-  std::vector<float> logits_;         // those that follow the last token
+  std::vector<float> logits_;        // those that follow the last token
   std::vector<TimelineTurn> turns_;  // of decode_together(), if this session is the first
 };
 
@@ -235,11 +235,11 @@ struct Turn {
   std::span<const float> logits{};       // [vocab_size], set by decode_together(); valid until the session's next call
 };
 
-// Session::prefill() of several sessions of one Model in the same forward passes: weights are read once for all, so that
-// 8 sequences take much less time than 8 times one.  Each gets what it would get alone, up to rounding.  Passes have as
-// many rows as the first session's `batch`.  All sessions belong to the caller's thread meanwhile.
-// Throws Error if the turns are of different models, name a session twice, do not fit a context or are not in the
-// vocabulary; nothing has changed then.
+// Session::prefill() of several sessions of one Model in the same forward passes: weights are read once for all, so
+// that 8 sequences take much less time than 8 times one.  Each gets what it would get alone, up to rounding.  Passes
+// have as many rows as the first session's `batch`.  All sessions belong to the caller's thread meanwhile. Throws Error
+// if the turns are of different models, name a session twice, do not fit a context or are not in the vocabulary;
+// nothing has changed then.
 void decode_together(std::span<Turn> turns);
 
 }  // namespace qwen3next
