@@ -1,5 +1,6 @@
 #pragma once
-// How many processors this process may use: those it is bound to, or fewer if its control group has a quota of time.
+// Processors: how many this process may use (those it is bound to, or fewer if its control group has a quota of time),
+// and which one a thread is on.
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +11,8 @@
 #include <sstream>
 #include <string>
 #include <thread>
+
+#include "core/message.hpp"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -139,6 +142,14 @@ inline int available_processors() {
 #endif
   const std::optional<double> quota = cgroup_quota();
   return std::max(1, quota ? std::min(bound, static_cast<int>(std::ceil(std::min(*quota, 1e6)))) : bound);
+}
+
+// The number of threads as users give it: `wanted`, or as many as there are processors to use if it is 0.  Throws Error
+// beyond 256 or those processors, whichever is more: that many would be a mistake.
+inline int resolve_threads(int wanted) {
+  const int all = available_processors(), most = std::max(all, 256);
+  if (wanted < 0 || wanted > most) throw_error("threads is ", wanted, ", expected 0 (all) to ", most);
+  return wanted > 0 ? wanted : all;
 }
 
 }  // namespace qwen3next

@@ -113,7 +113,6 @@ QuantizeSummary quantize(const Checkpoint& in, const std::filesystem::path& out,
 #include "blocks/codec.hpp"
 #include "core/available_processors.hpp"
 #include "core/message.hpp"
-#include "core/threads.hpp"
 #include "text/load.hpp"
 #include "weights/checkpoint.hpp"
 #include "weights/gguf_config.hpp"
@@ -464,7 +463,7 @@ QWEN3NEXT_INLINE QuantizeSummary quantize(const Checkpoint& in, const std::files
   const auto start = std::chrono::steady_clock::now();
   const auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
   const Mix& mix = find_mix(options.type);
-  const int threads = resolve_threads(options.threads, available_processors());
+  const int threads = resolve_threads(options.threads);
   detail::expect_new_file(in, out, options.overwrite);
   QuantizePlan plan = plan_quantization(in.config, in.weights, mix, options.tensor_types);
 

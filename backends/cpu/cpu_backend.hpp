@@ -24,7 +24,6 @@
 #include "blocks/weight_view.hpp"
 #include "core/available_processors.hpp"
 #include "core/error.hpp"
-#include "core/threads.hpp"
 
 namespace qwen3next {
 
@@ -37,7 +36,7 @@ struct CpuOptions {
 
 // From names and numbers as users give them: "" the best ISA, 0 threads as many as the process may use.
 inline CpuOptions resolve_cpu_options(const std::string& isa, int threads) {
-  return {&cpu::choose_kernels(isa), resolve_threads(threads, available_processors()), KvType::f16, {}};
+  return {&cpu::choose_kernels(isa), resolve_threads(threads), KvType::f16, {}};
 }
 
 class CpuBackend {
