@@ -210,7 +210,23 @@ void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel,
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) store_some(y + t * y_stride, acc[t], rows);
 }
+#else
+template <class Form, int T>
+void strip_tile(const std::byte* strip, int rows, int n, const std::byte* panel, float* y, std::ptrdiff_t y_stride,
+                const Soon& soon) noexcept;  // strip_product_amx.hpp
 #endif
+
+// y[t, r] for one strip and one panel of 1 <= T <= max_panel tokens.
+template <class Form, int T = max_panel>
+void strip_product(const std::byte* strip, int rows, int n, const std::byte* panel, int tokens, float* y,
+                   std::ptrdiff_t y_stride, const Soon& soon) noexcept {
+  if constexpr (T > 0) {
+    if (tokens == T)
+      strip_tile<Form, T>(strip, rows, n, panel, y, y_stride, soon);
+    else
+      strip_product<Form, T - 1>(strip, rows, n, panel, tokens, y, y_stride, soon);
+  }
+}
 
 }  // namespace QWEN3NEXT_KERNEL_UNIT
 }  // namespace qwen3next::cpu::QWEN3NEXT_ISA
