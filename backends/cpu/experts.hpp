@@ -113,7 +113,6 @@ class ExpertLayer {
    public:
     void reserve(const Kernels& k, const Team& team, int n, int count) {
       const auto tokens = static_cast<std::size_t>(count), threads = static_cast<std::size_t>(team.size());
-      panel_stride_ = (k.panel_bytes(n, k.max_panel) + 127) / 128 * 128;
       const std::size_t values =
           std::max(tokens * row_chunk, std::min<std::size_t>(tokens, max_row_tokens) * few_tokens_chunk);
       y_ = scratch_[0].pieces(threads, values * sizeof(float));
@@ -122,7 +121,8 @@ class ExpertLayer {
           threads, std::min<std::size_t>(tokens, float_token_block) * static_cast<std::size_t>(n) * sizeof(float));
       expanded_ = scratch_[5].pieces(threads, row_chunk * static_cast<std::size_t>(n) * sizeof(float));
       strips_ = scratch_[3].pieces(threads, strips_bytes(k, n));
-      panels_ = scratch_[4].pieces(threads, static_cast<std::size_t>(Panels(count, k.max_panel).count) * panel_stride_);
+      panels_each_ = static_cast<std::size_t>(Panels(count, k.max_panel).count);
+      panels_ = scratch_[4].pieces(threads * panels_each_, k.panel_bytes(n, k.max_panel));
     }
     Workspace operator[](int thread) const noexcept {
       return {reinterpret_cast<float*>(y_[thread]),
@@ -130,13 +130,13 @@ class ExpertLayer {
               reinterpret_cast<float*>(rows_[thread]),
               reinterpret_cast<float*>(expanded_[thread]),
               strips_[thread],
-              {panels_[thread], panel_stride_}};
+              {panels_[static_cast<std::size_t>(thread) * panels_each_], panels_.stride}};
     }
 
    private:
     Scratch scratch_[6];
     Scratch::Pieces y_{}, z_{}, rows_{}, expanded_{}, strips_{}, panels_{};
-    std::size_t panel_stride_ = 0;
+    std::size_t panels_each_ = 0;
   };
 
   // A counting sort of (token, expert) pairs by expert.
