@@ -24,6 +24,8 @@ struct Soon {
   std::size_t bytes;
 };
 
+inline constexpr int max_row_tokens = 16;  // of Kernels::row_tokens
+
 // A strip of weights for prefill holds `lanes` rows of one matrix, unpacked and interleaved; a panel holds up to
 // `max_panel` rows of activations, interleaved likewise.  See strip_product.hpp.
 struct Kernels {

@@ -107,6 +107,7 @@ constexpr Kernels make_table() {
 
 inline constexpr Kernels table = make_table();
 
+static_assert(row_tokens <= max_row_tokens, "callers keep room for so many operands");
 static_assert(
     [] {
       for (const DTypeInfo& i : dtype_table) {

@@ -18,7 +18,6 @@ inline std::size_t index(DType type) noexcept { return static_cast<std::size_t>(
 constexpr int row_chunk = 64;          // rows handed to a kernel at once
 constexpr int few_tokens_chunk = 512;  // the same in decode: memory is read fastest where it is read on and on
 constexpr int float_token_block = 48;  // tokens whose fp32 rows stay in L2 while weights pass
-constexpr int max_row_tokens = 16;     // of Kernels::row_tokens
 constexpr int pieces_each = 4;         // of a long work, for each thread
 constexpr int expand_tokens = 9;       // from so many on, rows of F8_E4M3 are expanded once for all
 
