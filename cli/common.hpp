@@ -47,13 +47,13 @@ inline void add_mtp_file_option(CLI::App& command, std::string& path) {
       ->option_text("FILE");
 }
 
-// MODEL and how to compute with it.
 inline CLI::Option* add_yarn_option(CLI::App& command, double& factor) {
   return command.add_option("--yarn", factor, "Extend the model's length by this factor (YaRN), 1M from 262144: 4")
       ->option_text("FACTOR")
       ->check(CLI::Range(1., 1024.));
 }
 
+// MODEL and how to compute with it.
 inline void add_model_options(CLI::App& command, ModelOptions& o) {
   command.add_option("MODEL", o.path, std::string(model_help))->required()->option_text(" ");
   add_mtp_file_option(command, o.mtp_path);

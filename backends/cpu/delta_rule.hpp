@@ -1,5 +1,5 @@
 #pragma once
-// The gated delta rule for one value head of one sequence, in its two equal forms.
+// The gated delta rule for value heads of one sequence that share a key head, in its two equal forms.
 //   S = exp(g) S;   S += k (beta (v - S^T k))^T;   o = S^T q          arXiv:2412.06464
 // q, k (Dk), normed and scaled  v, o (Dv)  S (Dk, Dv) f32, stored transposed [Dv, Dk] so that both products read rows.
 // g <= 0, 0 < beta < 1.

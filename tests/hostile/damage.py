@@ -504,8 +504,8 @@ class Runner:
             if self.limit:
                 resource.setrlimit(resource.RLIMIT_AS, (self.limit, self.limit))
 
-        environment = dict(os.environ, OMP_NUM_THREADS="2", ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=0:"
-                           "max_allocation_size_mb=6144", UBSAN_OPTIONS="print_stacktrace=1")
+        environment = dict(os.environ, UBSAN_OPTIONS="print_stacktrace=1",
+                           ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=0:max_allocation_size_mb=6144")
         try:
             done = subprocess.run([self.program, *map(str, arguments)], input=text, capture_output=True,
                                   timeout=self.seconds, preexec_fn=limits, env=environment)
