@@ -136,6 +136,9 @@ def main():
     yarn = CONFIG | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "mscale": 1.0}}
     seed("hf_config", "yarn", json.dumps(yarn))
 
+    profile = {"format": "qwen3next expert profile", "version": 1, "model": "m", "experts": 3, "tokens": [9, 7],
+               "counts": [[1, 9, 0], [2, 3, 4]]}
+    seed("expert_profile", "two_layers", json.dumps(profile))
     seed("tokenizer_json", "ascii", tokenizer_json(source / "tests/golden/text/tokenizer.json", V))
     seed("tokenizer_json", "bytes", tokenizer_json(source / "tests/golden/text/tokenizer.json", 384))
     seed("encode", "words", "it's 12 o'clock,  \r\n\tthe <|im_end|> \u0130\u0301\u00e9\u00e9 aaaaaaaa <tool_call>")
