@@ -26,6 +26,8 @@ ORPHANS = {  # header: why the library does without
     "backends/traced_backend.hpp": "time and traffic of every operation: for the program's bench",
     "model/parameters.hpp": "parameters by part of the model: for the program's inspect",
     "model/traffic.hpp": "what a pass must read at least: for the program's bench",
+    "weights/expert_cache.hpp": "for the store of streamed experts, which is being written",
+    "weights/expert_profile.hpp": "for the same",
 }
 BANNER = """\
 // qwen3next {version}, {stamp}

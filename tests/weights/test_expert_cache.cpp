@@ -22,8 +22,8 @@ constexpr int none = ExpertCache::none;
 // What the cache must do, by search: each slot's contents, each expert's score from all passes ever recorded.
 class NaiveCache {
  public:
-  NaiveCache(int layers, int experts, std::vector<int> class_of_layer, const std::vector<int>& slots_of_class)
-      : layers_(layers), experts_(experts), class_of_layer_(std::move(class_of_layer)) {
+  NaiveCache(std::vector<int> class_of_layer, const std::vector<int>& slots_of_class)
+      : class_of_layer_(std::move(class_of_layer)) {
     for (std::size_t c = 0; c < slots_of_class.size(); ++c) {
       for (int i = 0; i < slots_of_class[c]; ++i) slots_.push_back({static_cast<int>(c), none, none, 0, false});
     }
@@ -81,7 +81,6 @@ class NaiveCache {
     double weighed, end;
     std::map<int, int> counts;
   };
-  int layers_, experts_;
   std::vector<int> class_of_layer_;
   std::vector<Slot> slots_;
   std::vector<Pass> passes_;
@@ -164,7 +163,7 @@ TEST_CASE("a cache of experts does what a search would do, whatever is asked of 
     std::vector<int> slots_of_class;
     for (int c = 0; c < classes; ++c) slots_of_class.push_back(1 + below(2 * experts));
     ExpertCache cache(layers, experts, class_of_layer, slots_of_class);
-    NaiveCache naive(layers, experts, class_of_layer, slots_of_class);
+    NaiveCache naive(class_of_layer, slots_of_class);
     std::vector<std::int64_t> picked(static_cast<std::size_t>(layers)), tokens_seen = picked;
 
     for (int step = 0; step < 600; ++step) {
