@@ -1,5 +1,7 @@
 # What a program with the library in it needs, for the build here and for whoever finds the installed package: sets
 # QWEN3NEXT_RUNTIME_LIBRARIES to targets, and QWEN3NEXT_MISSING to what is not there, by its Debian package.
+#
+# QWEN3NEXT_USES_IO_URING: whether liburing is one of them.  The installed package says; the build takes it if it is there.
 
 set(QWEN3NEXT_MISSING)
 
@@ -36,4 +38,23 @@ elseif(NOT TARGET qwen3next::utf8proc)
 endif()
 
 set(QWEN3NEXT_RUNTIME_LIBRARIES qwen3next::xsimd nlohmann_json::nlohmann_json qwen3next::utf8proc Threads::Threads)
+
+if(NOT DEFINED QWEN3NEXT_USES_IO_URING OR QWEN3NEXT_USES_IO_URING)
+  find_path(URING_INCLUDE_DIR liburing.h)
+  find_library(URING_LIBRARY uring)
+  if(URING_INCLUDE_DIR AND URING_LIBRARY)
+    set(QWEN3NEXT_USES_IO_URING ON)
+    list(APPEND QWEN3NEXT_RUNTIME_LIBRARIES qwen3next::uring)
+    if(NOT TARGET qwen3next::uring)
+      add_library(qwen3next::uring INTERFACE IMPORTED GLOBAL)
+      target_include_directories(qwen3next::uring INTERFACE ${URING_INCLUDE_DIR})
+      target_link_libraries(qwen3next::uring INTERFACE ${URING_LIBRARY})
+      target_compile_definitions(qwen3next::uring INTERFACE QWEN3NEXT_IO_URING)
+    endif()
+  elseif(DEFINED QWEN3NEXT_USES_IO_URING)
+    list(APPEND QWEN3NEXT_MISSING "liburing, reading files by io_uring (apt-get install liburing-dev)")
+  else()
+    set(QWEN3NEXT_USES_IO_URING OFF)
+  endif()
+endif()
 string(REPLACE ";" "\n  " QWEN3NEXT_MISSING "${QWEN3NEXT_MISSING}")

@@ -31,8 +31,9 @@
 
 #if defined(_WIN32) && !defined(QWEN3NEXT_NO_MMAP)
 #define QWEN3NEXT_FILE_MAPPING 1
-// Six functions, declared as <windows.h> does, without its thousands of macros.
+// Seven functions, declared as <windows.h> does, without its thousands of macros.
 struct _SECURITY_ATTRIBUTES;
+struct _BY_HANDLE_FILE_INFORMATION;
 extern "C" {
 __declspec(dllimport) void* __stdcall CreateFileW(const wchar_t* name, unsigned long access, unsigned long share,
                                                   _SECURITY_ATTRIBUTES* security, unsigned long creation,
@@ -43,6 +44,7 @@ __declspec(dllimport) void* __stdcall CreateFileMappingW(void* file, _SECURITY_A
 __declspec(dllimport) void* __stdcall MapViewOfFile(void* mapping, unsigned long access, unsigned long offset_high,
                                                     unsigned long offset_low, std::size_t size);
 __declspec(dllimport) int __stdcall UnmapViewOfFile(const void* view);
+__declspec(dllimport) int __stdcall GetFileInformationByHandle(void* file, _BY_HANDLE_FILE_INFORMATION* information);
 __declspec(dllimport) int __stdcall CloseHandle(void* handle);
 __declspec(dllimport) unsigned long __stdcall GetLastError();
 }
@@ -53,6 +55,14 @@ __declspec(dllimport) unsigned long __stdcall GetLastError();
 namespace qwen3next {
 
 static_assert(sizeof(std::size_t) == 8, "qwen3next is for 64-bit machines: its files are larger than 4 GiB");
+
+// Which file it is, and its last change.
+struct FileIdentity {
+  std::uint64_t device = 0, inode = 0;
+  std::int64_t seconds = 0, nanoseconds = 0;  // of the last change to its bytes; 0 on Windows
+  bool same_file(const FileIdentity& other) const noexcept { return device == other.device && inode == other.inode; }
+  bool operator==(const FileIdentity&) const = default;
+};
 
 // The bytes stay where they are when the object is moved.  Sizes are checked at open.  If another program truncates the
 // file later, reading the lost pages is a bus error, as with every mapping; who works for hours asks check_unchanged()
@@ -82,6 +92,8 @@ class MappedFile {
     return address >= begin && address - begin < size_;
   }
 
+  const FileIdentity& identity() const noexcept { return identity_; }  // all 0 if this is a copy
+
   // Throws Error if the file at path() is still this one and was written to or truncated since it was opened.
   void check_unchanged() const;
 
@@ -95,17 +107,12 @@ class MappedFile {
     std::swap(size_, other.size_), std::swap(copy_, other.copy_), std::swap(identity_, other.identity_);
   }
 
-  struct Identity {
-    std::uint64_t device = 0, inode = 0;
-    std::int64_t seconds = 0, nanoseconds = 0;  // of the last change to its bytes
-  };
-
   std::filesystem::path path_;
   std::string name_;
   const std::byte* data_ = nullptr;
   std::size_t size_ = 0;
   std::unique_ptr<std::byte[]> copy_;  // only without mmap
-  Identity identity_;                  // only with mmap
+  FileIdentity identity_;
 };
 
 namespace detail {
@@ -127,8 +134,7 @@ inline void expect_regular_file(const std::filesystem::path& path) {
 #if QWEN3NEXT_MMAP
 
 namespace detail {
-template <class Identity>
-Identity file_identity(const struct ::stat& status) noexcept {
+inline FileIdentity file_identity(const struct ::stat& status) noexcept {
 #if defined(__APPLE__)
   const auto& changed = status.st_mtimespec;
 #else
@@ -157,7 +163,7 @@ inline MappedFile MappedFile::open(const std::filesystem::path& path) {
   struct ::stat status {};
   if (::fstat(descriptor.fd, &status) != 0) fail("read its size");
   if (!S_ISREG(status.st_mode)) throw_error(file.name_, ": is not a regular file");
-  file.identity_ = detail::file_identity<Identity>(status);
+  file.identity_ = detail::file_identity(status);
   if (static_cast<std::uintmax_t>(status.st_size) > std::numeric_limits<std::ptrdiff_t>::max()) {
     throw_error(file.name_, ": ", status.st_size, " bytes are more than this machine can address");
   }
@@ -177,12 +183,9 @@ inline MappedFile::~MappedFile() {
 inline void MappedFile::check_unchanged() const {
   struct ::stat status {};
   if (::stat(path_.c_str(), &status) != 0) return;  // deleted: its bytes live on
-  const auto now = detail::file_identity<Identity>(status);
-  if (now.device != identity_.device || now.inode != identity_.inode) return;
-  if (now.seconds == identity_.seconds && now.nanoseconds == identity_.nanoseconds &&
-      static_cast<std::uintmax_t>(status.st_size) == size_) {
-    return;
-  }
+  const auto now = detail::file_identity(status);
+  if (!now.same_file(identity_)) return;
+  if (now == identity_ && static_cast<std::uintmax_t>(status.st_size) == size_) return;
   throw_error(name_, ": was changed while it was in use (", size_, " bytes when it was opened, ",
               static_cast<std::int64_t>(status.st_size), " now); wait until it is complete, then start again");
 }
@@ -213,6 +216,27 @@ inline void MappedFile::advise(Advice advice, std::size_t offset, std::size_t si
 
 #elif QWEN3NEXT_FILE_MAPPING
 
+namespace detail {
+
+struct WindowsHandle {
+  void* value;
+  explicit WindowsHandle(void* handle) noexcept : value(handle) {}
+  WindowsHandle(const WindowsHandle&) = delete;
+  WindowsHandle& operator=(const WindowsHandle&) = delete;
+  ~WindowsHandle() {
+    if (good()) ::CloseHandle(value);
+  }
+  bool good() const noexcept { return value != nullptr && value != reinterpret_cast<void*>(-1); }
+};
+
+inline FileIdentity file_identity(void* handle) noexcept {
+  std::uint32_t words[13] = {};  // BY_HANDLE_FILE_INFORMATION: [7] the volume, [11] and [12] the file's number on it
+  if (::GetFileInformationByHandle(handle, reinterpret_cast<_BY_HANDLE_FILE_INFORMATION*>(words)) == 0) return {};
+  return {words[7], std::uint64_t{words[11]} << 32 | words[12], 0, 0};
+}
+
+}  // namespace detail
+
 // While it is mapped, others may read the file, but neither write to it nor delete it.
 inline MappedFile MappedFile::open(const std::filesystem::path& path) {
   detail::expect_regular_file(path);
@@ -223,23 +247,17 @@ inline MappedFile MappedFile::open(const std::filesystem::path& path) {
     throw_error(file.name_, ": cannot ", what, ": ",
                 std::system_category().message(static_cast<int>(::GetLastError())));
   };
-  struct Handle {
-    void* value;
-    ~Handle() {
-      if (good()) ::CloseHandle(value);
-    }
-    bool good() const noexcept { return value != nullptr && value != reinterpret_cast<void*>(-1); }
-  };
   constexpr unsigned long generic_read = 0x80000000, share_read = 1, open_existing = 3, attribute_normal = 0x80;
-  const Handle handle{
+  const detail::WindowsHandle handle{
       ::CreateFileW(path.c_str(), generic_read, share_read, nullptr, open_existing, attribute_normal, nullptr)};
   if (!handle.good()) fail("open it");
+  file.identity_ = detail::file_identity(handle.value);
   std::error_code error;
   const std::uintmax_t size = std::filesystem::file_size(path, error);
   if (error) throw_error(file.name_, ": cannot read its size: ", error.message());
   if (size == 0) return file;  // nothing to map
   constexpr unsigned long page_readonly = 2, map_read = 4;
-  const Handle mapping{::CreateFileMappingW(handle.value, nullptr, page_readonly, 0, 0, nullptr)};
+  const detail::WindowsHandle mapping{::CreateFileMappingW(handle.value, nullptr, page_readonly, 0, 0, nullptr)};
   if (!mapping.good()) fail("map it into memory");
   const void* data = ::MapViewOfFile(mapping.value, map_read, 0, 0, static_cast<std::size_t>(size));
   if (!data) fail("map it into memory");

@@ -13,7 +13,9 @@ cli/terminal.hpp            is it a terminal
 cli/windows.hpp             UTF-8 and bytes
 core/available_processors.hpp  affinity, control groups
 weights/atomic_file.hpp     exclusive creation, fsync
+weights/direct_file.hpp     reads around the cache
 weights/mapped_file.hpp     mappings
+weights/read_queue_uring.hpp  io_uring
 '
 headers='unistd|fcntl|io|windows|winsock2?|shellapi|sched|pthread|termios|signal|poll|dlfcn|cpuid|spawn|dirent|pwd|glob|sys/[a-z]+|linux/[a-z_]+'
 pattern="# *include *<($headers)\.h>|# *include *<(csignal|editline/.*)>|__linux__|__unix__|__APPLE__|_WIN32|\"/(proc|sys|dev|tmp)/"

@@ -10,10 +10,9 @@ namespace qwen3next::test {
 // A folder that goes away with the test.
 class TempFolder {
  public:
-  TempFolder() {
+  explicit TempFolder(const std::filesystem::path& where = std::filesystem::temp_directory_path()) {
     std::random_device random;
-    path_ = std::filesystem::temp_directory_path() /
-            ("qwen3next-test-" + std::to_string(random()) + std::to_string(random()));
+    path_ = where / ("qwen3next-test-" + std::to_string(random()) + std::to_string(random()));
     std::filesystem::create_directories(path_);
   }
   ~TempFolder() {
