@@ -17,5 +17,6 @@ void add_perplexity(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_quantize(CLI::App& app);
 void add_inspect(CLI::App& app);
+void add_experts(CLI::App& app);
 
 }  // namespace qwen3next::cli

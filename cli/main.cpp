@@ -93,8 +93,8 @@ int run_program(int argc, char** argv) {
       "  qwen3next quantize Qwen3-Next-80B-A3B-Instruct model.gguf --type Q4_K_M\n"
       "\nResults go to stdout, progress and messages to stderr.  Exit status: 0 good, 1 error, 2 wrong usage,\n"
       "130 Ctrl-C.\n");
-  for (auto add : {add_run, add_chat, add_inspect, add_quantize, add_bench, add_perplexity, add_logits, add_tokenize,
-                   add_detokenize, add_template}) {
+  for (auto add : {add_run, add_chat, add_inspect, add_quantize, add_bench, add_perplexity, add_experts, add_logits,
+                   add_tokenize, add_detokenize, add_template}) {
     add(app);
   }
   for (CLI::App* command : app.get_subcommands([](CLI::App*) { return true; })) command->group("Commands");

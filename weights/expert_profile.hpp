@@ -52,6 +52,13 @@ class ExpertProfile {
     for (std::size_t i = 0; i < ids.size(); ++i) counts_[row(layer) + static_cast<std::size_t>(ids[i])] += counts[i];
   }
 
+  // What another text's tokens picked, as well.  Both have the same shape.
+  ExpertProfile& operator+=(const ExpertProfile& o) noexcept {
+    for (std::size_t i = 0; i < tokens_.size(); ++i) tokens_[i] += o.tokens_[i];
+    for (std::size_t i = 0; i < counts_.size(); ++i) counts_[i] += o.counts_[i];
+    return *this;
+  }
+
   // Throws Error, naming `source`, unless it has this shape.
   void expect_shape(int layers, int experts, std::string_view source) const {
     if (layers == this->layers() && experts == experts_) return;

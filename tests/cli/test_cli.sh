@@ -77,7 +77,7 @@ PYTHON
 
 # --- usage ----------------------------------------------------------------------------------------------------------------
 
-commands='run chat inspect quantize bench perplexity logits tokenize detokenize template'
+commands='run chat inspect quantize bench perplexity experts logits tokenize detokenize template'
 try 0 --help
 for command in $commands; do prints "  $command "; done
 for command in $commands; do
