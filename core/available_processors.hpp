@@ -6,12 +6,12 @@
 #include <cmath>
 #include <cstddef>
 #include <filesystem>
-#include <fstream>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <thread>
 
+#include "core/control_groups.hpp"
 #include "core/message.hpp"
 
 #if defined(__linux__)
@@ -32,75 +32,25 @@ inline std::optional<double> quota_of(const std::string& quota, const std::strin
   return {};
 }
 
-inline std::string first_line(const std::filesystem::path& file) {
-  std::ifstream in(file);
-  std::string line;
-  std::getline(in, line);
-  return line;
-}
-
-// The least quota of the group `path` and those above it, in processors; files below `mount`.
-inline std::optional<double> least_quota(const std::filesystem::path& mount, std::filesystem::path path, bool v2) {
-  std::optional<double> least;
-  path = path.relative_path();
-  for (;;) {
-    std::optional<double> quota;
-    if (v2) {
-      std::istringstream words(first_line(mount / path / "cpu.max"));
-      std::string q, p;
-      words >> q >> p;
-      quota = quota_of(q, p);
-    } else {
-      quota = quota_of(first_line(mount / path / "cpu.cfs_quota_us"), first_line(mount / path / "cpu.cfs_period_us"));
-    }
-    if (quota) least = std::min(least.value_or(*quota), *quota);
-    if (path.empty()) return least;
-    path = path.parent_path();
-  }
-}
-
-// Whether `list`, separated by commas, has `word`.
-inline bool lists(const std::string& list, const std::string& word) {
-  return ("," + list + ",").find("," + word + ",") != std::string::npos;
-}
-
 }  // namespace detail
 
 // The quota of processor time of this process's control groups (Linux, version 1 and 2), in processors; nothing if
 // there is none.  `root` is where proc lies and what the mounts' paths begin at.
 inline std::optional<double> cgroup_quota(const std::filesystem::path& root = "/") {
   std::optional<double> least;
-  // "0::/user.slice" (version 2), "4:cpu,cpuacct:/docker/abc" (version 1)
-  std::ifstream groups(root / "proc/self/cgroup");
-  for (std::string group; std::getline(groups, group);) {
-    const std::size_t a = group.find(':'), b = group.find(':', a + 1);
-    if (a == std::string::npos || b == std::string::npos) continue;
-    const std::string controllers = group.substr(a + 1, b - a - 1), path = group.substr(b + 1);
-    const bool v2 = controllers.empty();
-    if (!v2 && !detail::lists(controllers, "cpu")) continue;
-    // "30 23 0:26 /docker/abc /sys/fs/cgroup/cpu rw,nosuid - cgroup cgroup rw,cpu": what of the hierarchy is mounted
-    // where
-    std::ifstream mounts(root / "proc/self/mountinfo");
-    for (std::string mount; std::getline(mounts, mount);) {
-      const std::size_t dash = mount.find(" - ");
-      if (dash == std::string::npos) continue;
-      std::istringstream left(mount), right(mount.substr(dash + 3));
-      std::string skip, top, point, type, options;
-      left >> skip >> skip >> skip >> top >> point;
-      right >> type >> skip >> options;
-      if (v2 ? type != "cgroup2" : type != "cgroup" || !detail::lists(options, "cpu")) continue;
-      // In a container the group's path may be the host's, of which the mount shows only the end.
-      std::string below = path;
-      if (top != "/" && path.rfind(top, 0) == 0)
-        below = path.substr(top.size());
-      else if (top != "/")
-        below = "";
-      if (below.find("..") != std::string::npos) below = "";  // outside of what this namespace sees
-      const auto quota =
-          detail::least_quota(root / std::filesystem::path(point).relative_path(), std::filesystem::path(below), v2);
-      if (quota) least = std::min(least.value_or(*quota), *quota);
+  detail::for_each_control_group(root, "cpu", [&](const std::filesystem::path& group, bool v2) {
+    std::optional<double> quota;
+    if (v2) {
+      std::istringstream words(detail::first_line(group / "cpu.max"));
+      std::string q, p;
+      words >> q >> p;
+      quota = detail::quota_of(q, p);
+    } else {
+      quota = detail::quota_of(detail::first_line(group / "cpu.cfs_quota_us"),
+                               detail::first_line(group / "cpu.cfs_period_us"));
     }
-  }
+    if (quota) least = std::min(least.value_or(*quota), *quota);
+  });
   return least;
 }
 

@@ -29,6 +29,7 @@ ORPHANS = {  # header: why the library does without
     "weights/read_queue_uring.hpp": "for streamed experts, to come",
     "weights/read_request.hpp": "for streamed experts, to come",
     "backends/observed_routing.hpp": "what routers pick: for the program's experts",
+    "core/available_memory.hpp": "for streamed experts, to come",
     "backends/traced_backend.hpp": "time and traffic of every operation: for the program's bench",
     "model/parameters.hpp": "parameters by part of the model: for the program's inspect",
     "model/traffic.hpp": "what a pass must read at least: for the program's bench",

@@ -4,14 +4,15 @@
 # What differs between operating systems stays in a few files, each with a plain way for systems that it does not know.
 # A new file on this list is a new place to port: rather extend one.
 owners='
-backends/aligned_bytes.hpp  large pages
+backends/aligned_bytes.hpp  large pages, locked pages
 backends/cpu/processor.hpp  instruction sets
 bench/bandwidth.hpp         size of the last cache
 cli/interrupt.hpp           Ctrl-C
 cli/line_input.hpp          libedit
 cli/terminal.hpp            is it a terminal
 cli/windows.hpp             UTF-8 and bytes
-core/available_processors.hpp  affinity, control groups
+core/available_memory.hpp   free memory of Windows
+core/available_processors.hpp  affinity
 weights/atomic_file.hpp     exclusive creation, fsync
 weights/direct_file.hpp     reads around the cache
 weights/mapped_file.hpp     mappings
