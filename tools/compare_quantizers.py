@@ -5,7 +5,7 @@ Both pack the same values; the `gguf` package unpacks both. Data: Gaussian, Lapl
 with --weights. Importance: one value for each column, chi-squared with one degree of freedom; the error is weighed
 with it.
 
-usage: tools/compare_quantizers.py build/release/bench/bench_pack LIBGGML_BASE.so [--weights MODEL.gguf] [--types Q4_0,..]
+usage: tools/compare_quantizers.py build/release/bench_pack LIBGGML_BASE.so [--weights MODEL.gguf] [--types Q4_0,..]
 needs numpy, gguf; ggml's library is that of a llama.cpp build or of the llama-cpp-python package
 """
 import argparse
