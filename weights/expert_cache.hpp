@@ -33,7 +33,7 @@ class ExpertCache {
  public:
   static constexpr int none = -1;
   static constexpr double half_life = 256;  // tokens; bench/RESULTS.md, "Which experts stay"
-  static constexpr double longest_pass = 256;
+  static constexpr double longest_pass = 512;  // tokens
 
   struct Key {
     int layer, expert;
@@ -85,7 +85,9 @@ class ExpertCache {
     return static_cast<int>(classes_[static_cast<std::size_t>(cls)].free.size());
   }
 
-  // Scores as if the profile's text had just been read.  Throws Error if it has another shape.
+  // Adds the profile's picks to the scores, as if its text were so short that an expert is picked once on average:
+  // enough to say what to begin with, and soon outweighed where the text at hand is of another kind.  Throws Error if
+  // the profile has another shape.
   void warm(const ExpertProfile& profile);
 
   // What to fill the free slots with, best first: absent experts that were picked at all.
@@ -207,10 +209,16 @@ inline void ExpertCache::age(double tokens) {
 
 inline void ExpertCache::warm(const ExpertProfile& profile) {
   profile.expect_shape(layers_, experts_, "warming the cache of experts");
+  double tokens = 0, picks = 0;
   for (int layer = 0; layer < layers_; ++layer) {
-    if (profile.tokens(layer) == 0) continue;
-    const double each = gain() * mean_weight(static_cast<double>(profile.tokens(layer)));
+    tokens += static_cast<double>(profile.tokens(layer));
+    picks += static_cast<double>(profile.picks(layer));
+  }
+  for (int layer = 0; layer < layers_; ++layer) {
     const std::span<const std::int64_t> counts = profile.counts(layer);
+    if (profile.picks(layer) == 0) continue;
+    const double enough = experts_ * tokens / picks;  // tokens in which as many experts are picked as there are
+    const double each = gain() * std::min(1.0, enough / static_cast<double>(profile.tokens(layer)));
     for (int e = 0; e < experts_; ++e) {
       scores_[index(layer, e)] += static_cast<double>(counts[static_cast<std::size_t>(e)]) * each;
     }

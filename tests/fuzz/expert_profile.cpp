@@ -3,6 +3,7 @@
 #include "weights/expert_profile.hpp"
 
 #include <algorithm>
+#include <limits>
 
 #include "target.hpp"
 #include "weights/expert_cache.hpp"
@@ -21,10 +22,10 @@ FUZZ_TARGET(expert_profile) {
   const int layers = profile.layers(), experts = profile.experts();
   ExpertCache cache(layers, experts, std::vector<int>(static_cast<std::size_t>(layers), 0), {3});
   cache.warm(profile);
-  double last = 2;
+  double last = std::numeric_limits<double>::max();
   for (const ExpertCache::Key& key : cache.wanted()) {
     const double rate = cache.rate(key.layer, key.expert);
-    expect(rate > 0 && rate <= 1 + 1e-9 && rate <= last, "rates that sink");
+    expect(rate > 0 && rate <= last, "rates that sink");
     last = rate;
     expect(cache.insert(key.layer, key.expert) != ExpertCache::none, "a free slot");
   }

@@ -380,3 +380,20 @@ TEST_CASE("a profile fills the cache with what it saw most, across layers") {
   CHECK_THROWS_WITH_AS(cache.warm(ExpertProfile(3, 5)), doctest::Contains("3 layers of 5 experts, expected 3 of 4"),
                        Error);
 }
+
+TEST_CASE("a profile of another kind of text gives way soon") {
+  ExpertProfile profile(1, 16);
+  const std::vector<std::int32_t> theirs{0, 1, 2, 3, 4, 5, 6, 7};
+  profile.add(0, theirs, std::vector<std::int32_t>(8, 50000), 100000);
+  ExpertCache cache(1, 16, {0}, {8});
+  cache.warm(profile);
+  for (const ExpertCache::Key& key : cache.wanted()) cache.unpin(cache.insert(key.layer, key.expert));
+  for (const int e : theirs) CHECK(cache.slot_of(0, e) != none);
+  std::mt19937 random(1);
+  for (int t = 0; t < 40; ++t) {
+    std::vector<std::int32_t> ids = some_experts(random, 8, 4);
+    for (std::int32_t& id : ids) id += 8;
+    use(cache, 0, ids);
+  }
+  for (const int e : theirs) CHECK(cache.slot_of(0, e + 8) != none);
+}
