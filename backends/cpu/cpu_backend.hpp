@@ -209,8 +209,11 @@ class CpuBackend {
   }
 
   void experts(Tensor out, Tensor x, const Experts& experts, const Routing& routing) {
-    experts_(*k_, team_, out, x, static_cast<int>(experts.size()), routing,
-             [&](int id) -> const ExpertView& { return experts[static_cast<std::size_t>(id)]; });
+    resident_.choose(experts);
+    experts_from(resident_, out, x, routing);
+  }
+  void experts_from(ExpertSupply& supply, Tensor out, Tensor x, const Routing& routing) {
+    experts_(*k_, team_, out, x, routing, supply);
   }
 
   void swiglu(Tensor out, Tensor gate, Tensor up) {
@@ -263,6 +266,7 @@ class CpuBackend {
   std::vector<AlignedBytes> memory_;
   cpu::Linear linear_;
   cpu::ExpertLayer experts_;
+  ResidentExperts resident_;
   cpu::Attention attention_;
   cpu::Scratch delta_scratch_, router_scratch_;
 };
