@@ -69,6 +69,13 @@ struct Options {
   int threads = 0;                   // 0: as many as this process may run on
   std::filesystem::path mtp_path{};  // a file or folder with the model's MTP block alone, if its own files have none
   double yarn_factor = 0;            // more than 1: YaRN context extension by this factor; 0: as the files say
+  int experts_used = 0;              // routed experts of a token, fewer than the model's: faster, worse; 0: the model's
+
+  // Bytes for weights and sessions together: dense weights stay in memory, as many experts as fit beside them, the rest
+  // is read as it is needed.  Nothing: weights are mapped, or streamed within what the machine can spare if that is
+  // less than they take.
+  std::optional<std::uint64_t> memory{};
+  std::filesystem::path expert_profile{};  // what `qwen3next experts --save` wrote: a streamed cache starts with that
 };
 
 // How a session is opened.
@@ -90,16 +97,26 @@ class Model {
   // are no Qwen3-Next or damaged, or if the options ask for what is not there.
   static Model open(const std::filesystem::path& path, const Options& options = {});
 
-  // The memory that a session with these options needs at its full context, in bytes.  Allocates nothing.
+  // The memory that a session with these options needs at its full context, in bytes.  Allocates nothing.  Throws Error
+  // if the options do not fit the model; a budget that is too small only shows.
   MemoryPlan plan(const SessionOptions& options = {}) const;
+  // The same before the model is opened.
+  static MemoryPlan plan(const std::filesystem::path& path, const Options& options,
+                         const SessionOptions& session = {}) {
+    return open(path, options).plan(session);
+  }
 
   // A new, empty timeline, independent of all others.  Throws Error if the options do not fit the model.
   Session session(const SessionOptions& options = {}) const;
 
+  // How streaming goes, since the model was opened; nothing if weights are mapped, or no session was opened yet.
+  std::optional<ExpertStatistics> expert_statistics() const { return shared_->engine->expert_statistics(); }
+
   // The shape, the files, and "cpu, avx512, 8 threads": what computes.
   const Config& config() const noexcept { return shared_->checkpoint.config; }
   const Checkpoint& checkpoint() const noexcept { return shared_->checkpoint; }
-  std::string backend_description() const { return shared_->engine->description(); }
+  std::string backend_description() const;
+  int experts_of_model() const noexcept { return shared_->experts_of_model; }  // of a token, unless Options say less
 
   // Loaded when first asked for (by whichever thread), since weights can be used without.  Throw Error if the files
   // hold none, or one that is not Qwen's.
@@ -116,6 +133,8 @@ class Model {
   struct Shared {
     explicit Shared(Checkpoint c) : checkpoint(std::move(c)) {}
     Checkpoint checkpoint;
+    int experts_of_model = 0;  // of a token, before Options::experts_used
+    std::shared_ptr<Streaming> streaming;
     std::unique_ptr<const Engine> engine;
     mutable std::once_flag tokenizer_once, template_once, defaults_once;
     mutable std::optional<Tokenizer> tokenizer;
@@ -217,6 +236,8 @@ class Session {
   }
 
   void check_room(std::size_t count) const;
+  template <class Work>
+  void append(std::span<const std::int32_t> tokens, Work work);
   // Samples until something ends it; `on_text` sees the answer.
   void run(std::span<const float> logits, const GenerateOptions& options, const OnText& on_text, Generated& result);
 

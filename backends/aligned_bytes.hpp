@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -51,10 +52,15 @@ class AlignedBytes {
   AlignedBytes(const AlignedBytes& other) : AlignedBytes(other.size_, Uncleared()) {
     if (size_ > 0) std::memcpy(data_.get(), other.data_.get(), size_);
   }
-  AlignedBytes(AlignedBytes&&) noexcept = default;
-  AlignedBytes& operator=(AlignedBytes other) noexcept {
+  AlignedBytes(AlignedBytes&& other) noexcept : data_(std::move(other.data_)), size_(std::exchange(other.size_, 0)) {}
+  AlignedBytes& operator=(AlignedBytes&& other) noexcept {
     data_ = std::move(other.data_);
-    size_ = other.size_;
+    size_ = std::exchange(other.size_, 0);
+    return *this;
+  }
+  AlignedBytes& operator=(const AlignedBytes& other) {
+    if (size_ != other.size_) return *this = AlignedBytes(other);
+    if (size_ > 0 && this != &other) std::memcpy(data_.get(), other.data_.get(), size_);
     return *this;
   }
   std::byte* data() noexcept { return data_.get(); }

@@ -59,6 +59,7 @@ concept BackendOps = requires(B& be, typename B::Tensor t, const typename B::Wei
   { be.delta_state(ds) } -> std::same_as<typename B::DeltaState>;
   { be.kv_cache(as) } -> std::same_as<typename B::KvCache>;
   requires std::copyable<typename B::DeltaState> && std::copyable<typename B::KvCache>;
+  requires requires(typename B::KvCache cache, std::int64_t length) { cache.truncate(length); };  // forgets the rest
   { be.host(t) } -> std::same_as<std::span<const float>>;  // one row, to read on the host until the next call
   { t.rows(n, n) } -> std::same_as<typename B::Tensor>;
   { t.columns(n, n) } -> std::same_as<typename B::Tensor>;

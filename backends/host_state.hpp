@@ -62,6 +62,11 @@ class HostKvCache {
     while (blocks_.size() < needed) blocks_.push_back(new_block());
     return first;
   }
+  // Forgets all but the first `length` positions.
+  void truncate(std::int64_t length) noexcept {
+    length_ = length;
+    blocks_.resize(static_cast<std::size_t>((length + block_positions - 1) / block_positions));
+  }
   std::byte* key_row(std::int64_t position, int head) noexcept {
     return blocks_[static_cast<std::size_t>(position / block_positions)]->data + plane(head) +
            static_cast<std::size_t>(position % block_positions) * row_bytes_;

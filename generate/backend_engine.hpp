@@ -2,13 +2,18 @@
 // Engine and Timeline over any backend: the model's template, instantiated once per backend.
 
 #include <algorithm>
+#include <functional>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "generate/engine.hpp"
+#include "generate/streaming.hpp"
 #include "model/forward.hpp"
+#include "model/memory_plan.hpp"
 #include "model/mtp.hpp"
 
 namespace qwen3next {
@@ -21,11 +26,22 @@ struct BackendSnapshot final : TimelineSnapshot {
   SequenceState<B> state;
 };
 
+// What a session of `positions` tokens takes in passes of `rows` while experts are streamed: its states twice, since a
+// pass may fail.
+inline std::uint64_t session_bytes(const Config& c, KvType kv, std::int64_t positions, int rows) {
+  const MemoryPlan plan = plan_session(c, kv, positions, rows);
+  return plan.session() + plan.delta_state;
+}
+
 template <BackendOps B>
 class BackendTimeline final : public Timeline {
  public:
-  BackendTimeline(B backend, const Config& config, const ModelWeights<B>& weights, KvType kv, int batch)
-      : be_(std::move(backend)),
+  // `streaming` is null where all weights are in memory.
+  BackendTimeline(B backend, const Config& config, const ModelWeights<B>& weights, KvType kv, int batch,
+                  Streaming* streaming = nullptr, std::unique_ptr<Streaming::Charge> charge = {})
+      : streaming_(streaming),
+        charge_(std::move(charge)),
+        be_(std::move(backend)),
         kv_(kv),
         c_(config),
         w_(weights),
@@ -38,7 +54,14 @@ class BackendTimeline final : public Timeline {
     std::int64_t done = 0;
     int T = 0;
     for (std::span<const std::int32_t> step : steps(tokens)) {
-      T = step_forward(step);
+      T = static_cast<int>(step.size());
+      std::function<void(int)> after_layer;
+      if (progress && T >= guarded_tokens) {
+        after_layer = [&](int layer) {
+          if (!progress(done + std::int64_t{T} * (layer + 1) / (c_.num_hidden_layers + 1), total)) throw Cancelled();
+        };
+      }
+      step_forward(step, after_layer);
       done += T;
       if (progress && !progress(done, total)) throw Cancelled();
     }
@@ -69,7 +92,9 @@ class BackendTimeline final : public Timeline {
         done = n < rest.size() ? done + n : 0;
         if (done == 0) ++turn;
       }
-      forward<B>(be_, c_, w_, rows_, sequences_, a_);
+      for (std::size_t i = 0; i < sequences_.size(); ++i) others_[first + i]->make_room(sequences_[i].count);
+      guarded([&] { forward<B>(be_, c_, w_, rows_, sequences_, a_); },
+              std::span(others_).subspan(first, sequences_.size()), may_fail());
       give_last_logits(first, turn - first, sink);
     }
   }
@@ -88,7 +113,12 @@ class BackendTimeline final : public Timeline {
       const std::size_t rows = std::min(step.size(), tokens.size() - 1 - begin);  // the last token has no next one
       if (rows == 0) break;
       const SequenceRows<B> sequence{0, static_cast<int>(rows), state_.mtp_position, &state_};
-      mtp_forward<B>(be_, c_, *w_.mtp, tokens.subspan(begin + 1, rows), {&sequence, 1}, a_);
+      BackendTimeline* const self = this;
+      guarded(
+          [&] {
+            mtp_forward<B>(be_, c_, *w_.mtp, tokens.subspan(begin + 1, rows), {&sequence, 1}, a_);
+          },
+          {&self, 1}, may_fail());
       give_logits(w_.mtp->lm_head, static_cast<int>(rows), sink);
       begin += step.size();
     }
@@ -141,11 +171,41 @@ class BackendTimeline final : public Timeline {
     return {tokens, (tokens.size() + pieces - 1) / pieces};
   }
 
-  int step_forward(std::span<const std::int32_t> tokens) {
+  int step_forward(std::span<const std::int32_t> tokens, const std::function<void(int)>& after_layer = {}) {
     const int T = static_cast<int>(tokens.size());
     const SequenceRows<B> sequence{0, T, state_.position, &state_};
-    forward<B>(be_, c_, w_, tokens, {&sequence, 1}, a_);
+    make_room(T);
+    BackendTimeline* const self = this;
+    guarded(
+        [&] {
+          forward<B>(be_, c_, w_, tokens, {&sequence, 1}, a_, after_layer);
+        },
+        {&self, 1}, after_layer || may_fail());
     return T;
+  }
+
+  // Takes from the budget what T more tokens need.
+  void make_room(int T) {
+    if (!charge_) return;
+    longest_ = std::max(longest_, T);
+    const std::int64_t positions = (state_.position + T + kv_step - 1) / kv_step * kv_step;
+    charge_->at_least(session_bytes(c_, kv_, positions, longest_));
+  }
+
+  // A file can fail as long as experts are missing.
+  bool may_fail() const { return streaming_ && !streaming_->complete(); }
+
+  // Does `pass`; if it `may_fail` and does, the timelines are left as they were.
+  template <class Pass>
+  static void guarded(Pass pass, std::span<BackendTimeline* const> timelines, bool may_fail) {
+    if (!may_fail) return pass();
+    for (BackendTimeline* t : timelines) t->guard_.keep(t->state_);
+    try {
+      pass();
+    } catch (...) {
+      for (BackendTimeline* t : timelines) t->guard_.put_back(t->state_);
+      throw;
+    }
   }
 
   void give_logits(const typename B::Weight& lm_head, int T, const LogitsSink& sink) {
@@ -169,6 +229,13 @@ class BackendTimeline final : public Timeline {
     }
   }
 
+  static constexpr int guarded_tokens = 512;  // a pass of so many can be cancelled in the middle
+  static constexpr std::int64_t kv_step = 1024;
+
+  Streaming* streaming_;
+  std::unique_ptr<Streaming::Charge> charge_;
+  int longest_ = 0;  // pass until now
+  SequenceGuard<B> guard_;
   B be_;
   KvType kv_;
   const Config& c_;
@@ -185,27 +252,49 @@ template <BackendOps B, class MakeBackend>
 class BackendEngine final : public Engine {
  public:
   BackendEngine(const Config& config, const ModelWeights<Views>& views, KvType default_kv, MakeBackend make_backend,
-                std::string description)
+                std::string description, std::shared_ptr<Streaming> streaming)
       : config_(config),
         default_kv_(default_kv),
         make_backend_(std::move(make_backend)),
-        description_(std::move(description)) {
-    zip(views, weights_, [](const auto& view, auto& mine) { mine = view; });
+        description_(std::move(description)),
+        streaming_(std::move(streaming)) {
+    if (!streaming_) take(views);
   }
   std::unique_ptr<Timeline> timeline(const TimelineOptions& options) const override {
     if (options.batch < 1) throw Error("batch is " + std::to_string(options.batch) + ", expected at least 1");
     const KvType kv = options.kv.value_or(default_kv_);
-    return std::make_unique<BackendTimeline<B>>(make_backend_(kv), config_, weights_, kv, options.batch);
+    std::unique_ptr<Streaming::Charge> charge;
+    if (streaming_) {
+      charge = std::make_unique<Streaming::Charge>(*streaming_);
+      charge->at_least(session_bytes(config_, kv, 1, 1));
+      std::call_once(loaded_, [&] { take(streaming_->load()); });
+    }
+    return std::make_unique<BackendTimeline<B>>(make_backend_(kv), config_, weights_, kv, options.batch,
+                                                streaming_.get(), std::move(charge));
   }
   std::string description() const override { return description_; }
   KvType default_kv() const override { return default_kv_; }
+  std::optional<ExpertStatistics> expert_statistics() const override {
+    return streaming_ ? streaming_->statistics() : std::nullopt;
+  }
 
  private:
+  void take(const ModelWeights<Views>& views) const {
+    zip(views, weights_, [](const auto& view, auto& mine) { mine = view; });
+    if constexpr (requires(typename B::Experts e) { e.layer; }) {
+      for (std::size_t i = 0; i < weights_.layers.size(); ++i)
+        weights_.layers[i].mlp.experts.layer = static_cast<int>(i);
+      if (weights_.mtp) weights_.mtp->layer.mlp.experts.layer = static_cast<int>(weights_.layers.size());
+    }
+  }
+
   Config config_;
-  ModelWeights<B> weights_;
   KvType default_kv_;
   MakeBackend make_backend_;
   std::string description_;
+  std::shared_ptr<Streaming> streaming_;
+  mutable std::once_flag loaded_;  // streamed weights are read for the first timeline
+  mutable ModelWeights<B> weights_;
 };
 
 }  // namespace qwen3next

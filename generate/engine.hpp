@@ -15,13 +15,17 @@
 #include "backends/backend_kind.hpp"
 #include "model/config.hpp"
 #include "model/weights.hpp"
+#include "weights/expert_statistics.hpp"
 
 namespace qwen3next {
 
+class Streaming;
+
 struct EngineOptions {
   Backend backend = Backend::cpu;
-  std::string isa{};  // cpu: "" for the best that the machine has
-  int threads = 0;    // cpu: 0 for as many as the process may run on
+  std::string isa{};                       // cpu: "" for the best that the machine has
+  int threads = 0;                         // cpu: 0 for as many as the process may run on
+  std::shared_ptr<Streaming> streaming{};  // cpu: null for weights that are all mapped
 };
 
 struct TimelineOptions {
@@ -61,7 +65,7 @@ class Timeline {
   virtual ~Timeline() = default;
 
   // Appends tokens; returns the logits [V] of the last one, valid until the next call.  If `progress` stops it, throws
-  // Cancelled; what was done until then stays (see position).
+  // Cancelled; what was done until then stays (see position).  The same holds if a file cannot be read.
   virtual std::span<const float> append(std::span<const std::int32_t> tokens, const Progress& progress) = 0;
 
   // Appends tokens to several timelines of one engine, each named once, as rows of the same passes and in this one's
@@ -88,6 +92,8 @@ class Engine {
   virtual std::unique_ptr<Timeline> timeline(const TimelineOptions& options) const = 0;
   virtual std::string description() const = 0;  // backend, ISA, threads
   virtual KvType default_kv() const = 0;
+  // Of streamed experts; nothing if none are, or no timeline was made yet.
+  virtual std::optional<ExpertStatistics> expert_statistics() const = 0;
 };
 
 // The views must outlive the engine.  Throws Error if the backend or the ISA is not there.

@@ -10,11 +10,30 @@ namespace qwen3next {
 
 // --- Model ----------------------------------------------------------------------------------------------------------
 
+namespace detail {
+
+// The budget to stream within, 0 for weights that are all mapped: those that the machine holds beside a session.
+inline std::uint64_t streaming_memory(const Checkpoint& checkpoint, const Options& options) {
+  if (options.memory) return std::max<std::uint64_t>(*options.memory, 1);
+  if (options.backend != Backend::cpu) return 0;
+  const std::optional<std::uint64_t> spare = spare_memory();
+  const MemoryPlan session = plan_session(checkpoint.config, KvType::f16, 4096, SessionOptions{}.batch);
+  return spare && checkpoint.weight_bytes() + session.session() > *spare ? *spare : 0;
+}
+
+}  // namespace detail
+
 QWEN3NEXT_INLINE Model Model::open(const std::filesystem::path& path, const Options& options) {
   auto shared = std::make_shared<Shared>(Checkpoint::open(path, options.mtp_path));
   Config& config = shared->checkpoint.config;
   if (options.yarn_factor != 0) config.extend_context(options.yarn_factor);
-  shared->engine = make_engine(config, shared->checkpoint.weights, {options.backend, options.isa, options.threads});
+  shared->experts_of_model = config.num_experts_per_tok;
+  if (options.experts_used != 0) config.use_experts(options.experts_used);
+  EngineOptions engine{options.backend, options.isa, options.threads, {}};
+  if (const std::uint64_t memory = detail::streaming_memory(shared->checkpoint, options); memory > 0)
+    engine.streaming = shared->streaming =
+        std::make_shared<Streaming>(shared->checkpoint, memory, options.expert_profile);
+  shared->engine = make_engine(config, shared->checkpoint.weights, engine);
   Model model;
   model.shared_ = std::move(shared);
   return model;
@@ -35,7 +54,17 @@ QWEN3NEXT_INLINE MemoryPlan Model::plan(const SessionOptions& options) const {
   MemoryPlan plan = plan_session(config(), kv, context, options.batch);
   plan.weights_mapped = checkpoint().file_bytes();
   plan.weights_copied = checkpoint().copied_bytes();
+  if (shared_->streaming) shared_->streaming->add_to(plan, config());
   return plan;
+}
+
+QWEN3NEXT_INLINE std::string Model::backend_description() const {
+  std::string description = shared_->engine->description();
+  if (shared_->experts_of_model != config().num_experts_per_tok) {
+    description += ", " + std::to_string(config().num_experts_per_tok) + " of " +
+                   std::to_string(shared_->experts_of_model) + " experts a token";
+  }
+  return description;
 }
 
 QWEN3NEXT_INLINE Session Model::session(const SessionOptions& options) const {
@@ -82,18 +111,27 @@ QWEN3NEXT_INLINE void Session::check_room(std::size_t count) const {
   }
 }
 
-QWEN3NEXT_INLINE std::span<const float> Session::prefill(std::span<const std::int32_t> tokens,
-                                                         const Progress& progress) {
+template <class Work>
+void Session::append(std::span<const std::int32_t> tokens, Work work) {
   check_room(tokens.size());
   const std::size_t before = tokens_.size();
   tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
   try {
-    const std::span<const float> logits = timeline_->append(tokens, progress);
-    logits_.assign(logits.begin(), logits.end());
-  } catch (...) {
-    tokens_.resize(std::max(before, static_cast<std::size_t>(timeline_->position())));
+    work();
+  } catch (...) {  // some of the tokens are there, without logits of the last, or none
+    const auto position = static_cast<std::size_t>(timeline_->position());
+    if (position != before) logits_.clear();
+    tokens_.resize(position);
     throw;
   }
+}
+
+QWEN3NEXT_INLINE std::span<const float> Session::prefill(std::span<const std::int32_t> tokens,
+                                                         const Progress& progress) {
+  append(tokens, [&] {
+    const std::span<const float> logits = timeline_->append(tokens, progress);
+    logits_.assign(logits.begin(), logits.end());
+  });
   return logits_;
 }
 
@@ -105,12 +143,23 @@ QWEN3NEXT_INLINE void decode_together(std::span<Turn> turns) {
     turn.session->check_room(turn.tokens.size());
     parts.push_back({turn.session->timeline_.get(), turn.tokens});
   }
-  parts.front().timeline->append_together(parts, [&](std::size_t i, std::span<const float> logits) {
-    Session& session = *turns[i].session;
-    session.logits_.assign(logits.begin(), logits.end());
-    session.tokens_.insert(session.tokens_.end(), turns[i].tokens.begin(), turns[i].tokens.end());
-    turns[i].logits = session.logits_;
-  });
+  try {
+    parts.front().timeline->append_together(parts, [&](std::size_t i, std::span<const float> logits) {
+      Session& session = *turns[i].session;
+      session.logits_.assign(logits.begin(), logits.end());
+      session.tokens_.insert(session.tokens_.end(), turns[i].tokens.begin(), turns[i].tokens.end());
+      turns[i].logits = session.logits_;
+    });
+  } catch (...) {
+    for (const Turn& turn : turns) {  // tokens of a pass before the one that failed
+      Session& session = *turn.session;
+      const auto done = static_cast<std::size_t>(session.timeline_->position()) - session.tokens_.size();
+      if (done > 0) session.logits_.clear();
+      session.tokens_.insert(session.tokens_.end(), turn.tokens.begin(),
+                             turn.tokens.begin() + static_cast<std::ptrdiff_t>(done));
+    }
+    throw;
+  }
 }
 
 QWEN3NEXT_INLINE Session::Synced Session::sync(std::span<const std::int32_t> tokens, const Progress& progress) {
@@ -123,18 +172,16 @@ QWEN3NEXT_INLINE Session::Synced Session::sync(std::span<const std::int32_t> tok
 }
 
 QWEN3NEXT_INLINE void Session::all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) {
-  check_room(tokens.size());
-  timeline_->append_all_logits(tokens, [&](std::span<const float> row) {
-    logits_.assign(row.begin(), row.end());
-    sink(row);
+  append(tokens, [&] {
+    timeline_->append_all_logits(tokens, [&](std::span<const float> row) {
+      logits_.assign(row.begin(), row.end());
+      sink(row);
+    });
   });
-  tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
 }
 
 QWEN3NEXT_INLINE void Session::mtp_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) {
-  check_room(tokens.size());
-  timeline_->append_mtp_logits(tokens, sink);
-  tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+  append(tokens, [&] { timeline_->append_mtp_logits(tokens, sink); });
   logits_.clear();
 }
 

@@ -81,6 +81,15 @@ struct Config {
   // YaRN to `factor` times the length that the model was trained on, in place of what the files say.  Throws Error
   // unless it is 1..1024.
   void extend_context(double factor);
+
+  // So many routed experts of a token instead of the model's.  Throws Error unless it is 1 to the model's number.
+  void use_experts(int count) {
+    if (count < 1 || count > num_experts_per_tok) {
+      throw Error("experts_used is " + std::to_string(count) + ", expected 1.." + std::to_string(num_experts_per_tok) +
+                  ", as many as this model was made for");
+    }
+    num_experts_per_tok = count;
+  }
 };
 
 // Every `interval`-th layer attends fully, the others are Gated DeltaNets.

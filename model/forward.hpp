@@ -4,6 +4,7 @@
 // Prefill, decode, verification of drafts and batches of sequences are the same call with other row counts.  Source of
 // the equations: Hugging Face transformers, models/qwen3_next; Gated DeltaNet arXiv:2412.06464.
 
+#include <functional>
 #include <span>
 
 #include "backends/backend.hpp"
@@ -54,9 +55,10 @@ void gated_delta_net(B& be, const Config& c, const DeltaNetWeights<B>& w, Activa
   be.linear(o, {{w.out_proj, out}});
 }
 
-// The experts that the router picks for each token, plus one that serves all tokens through a gate of its own.
+// The experts that the router picks for each token, plus one that serves all tokens through a gate of its own.  `next`
+// is the next layer's, for a backend that looks ahead; null if there is none.
 template <BackendOps B>
-void sparse_moe(B& be, const Config& c, const MoeWeights<B>& w, Activations<B>& a, int T) {
+void sparse_moe(B& be, const Config& c, const MoeWeights<B>& w, const MoeWeights<B>* next, Activations<B>& a, int T) {
   auto x = a.h.rows(0, T), out = a.mix.rows(0, T), logits = a.router_logits.rows(0, T);
   auto gate = a.shared_gate.rows(0, T), up = a.shared_up.rows(0, T), shared = a.shared.rows(0, T);
   auto shared_expert_gate = a.shared_expert_gate.rows(0, T);
@@ -66,6 +68,9 @@ void sparse_moe(B& be, const Config& c, const MoeWeights<B>& w, Activations<B>& 
                 {w.shared_gate_proj, gate},
                 {w.shared_up_proj, up}});
   be.router(a.routing, logits, c.num_experts_per_tok, c.norm_topk_prob);
+  if constexpr (requires { be.look_ahead(x, w.gate, w.experts, T); }) {
+    if (next) be.look_ahead(x, next->gate, next->experts, c.num_experts_per_tok);
+  }
   be.experts(out, x, w.experts, a.routing);
   be.swiglu(gate, gate, up);
   be.linear(gate, {{w.shared_down_proj, shared}});
@@ -73,7 +78,8 @@ void sparse_moe(B& be, const Config& c, const MoeWeights<B>& w, Activations<B>& 
 }
 
 template <BackendOps B>
-void decoder_layer(B& be, const Config& c, const LayerWeights<B>& w, Activations<B>& a, int T) {
+void decoder_layer(B& be, const Config& c, const LayerWeights<B>& w, const MoeWeights<B>* next, Activations<B>& a,
+                   int T) {
   auto x = a.x.rows(0, T), h = a.h.rows(0, T), mix = a.mix.rows(0, T);
   const float eps = static_cast<float>(c.rms_norm_eps);
 
@@ -84,7 +90,7 @@ void decoder_layer(B& be, const Config& c, const LayerWeights<B>& w, Activations
     gated_delta_net(be, c, *w.linear_attn, a, T);
   be.add(x, mix);
   be.rms_norm(h, x, w.post_attention_layernorm, eps);
-  sparse_moe(be, c, w.mlp, a, T);
+  sparse_moe(be, c, w.mlp, next, a, T);
   be.add(x, mix);
 }
 
@@ -109,10 +115,12 @@ void position_angles(B& be, Activations<B>& a, std::span<const SequenceRows<B>> 
 }
 
 // Runs `tokens`, T <= a.max_rows of them, through all layers and advances the sequences that own the rows.  Leaves the
-// final, normed hidden states in a.h [T, H]: the input of the head, and of the MTP layer.
+// final, normed hidden states in a.h [T, H]: the input of the head, and of the MTP layer.  If `after_layer` or an
+// operation throws, the sequences are neither as before nor as after.
 template <BackendOps B>
 void forward(B& be, const Config& c, const ModelWeights<B>& w, std::span<const std::int32_t> tokens,
-             std::span<const SequenceRows<B>> sequences, Activations<B>& a) {
+             std::span<const SequenceRows<B>> sequences, Activations<B>& a,
+             const std::function<void(int layer)>& after_layer = {}) {
   const int T = static_cast<int>(tokens.size());
   auto x = a.x.rows(0, T);
 
@@ -121,8 +129,9 @@ void forward(B& be, const Config& c, const ModelWeights<B>& w, std::span<const s
   for (int i = 0; i < c.num_hidden_layers; ++i) {
     const auto layer = static_cast<std::size_t>(i);
     enter_layer(a, sequences, [&](SequenceState<B>& s) -> LayerState<B>& { return s.layers[layer]; });
-    decoder_layer(be, c, w.layers[layer], a, T);
+    decoder_layer(be, c, w.layers[layer], layer + 1 < w.layers.size() ? &w.layers[layer + 1].mlp : nullptr, a, T);
     if constexpr (requires { be.observe(i, x); }) be.observe(i, x);  // tracing wraps the backend
+    if (after_layer) after_layer(i);
   }
   be.rms_norm(a.h.rows(0, T), x, w.norm, static_cast<float>(c.rms_norm_eps));
   for (const SequenceRows<B>& s : sequences) s.state->position += s.count;

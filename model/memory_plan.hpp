@@ -19,6 +19,23 @@ struct MemoryPlan {
   std::uint64_t scratch = 0;         // activations of the longest step; shorter ones take less
   // What a session allocates in the end.
   std::uint64_t session() const noexcept { return kv_cache + delta_state + scratch; }
+
+  // Where experts are streamed (all 0 elsewhere): what there is, and what this session's full context leaves of it.
+  std::uint64_t budget = 0;            // for all that follows and the session
+  std::uint64_t weights_resident = 0;  // dense weights
+  std::uint64_t experts_resident = 0;  // the slots of experts that are left
+  std::uint64_t state_copy = 0;        // what a pass that fails goes back to
+  std::uint64_t needed = 0;            // the least budget for this session
+  std::int64_t experts_held = 0;       // in the slots
+  std::int64_t experts = 0;            // of all layers, the MTP layer's included
+  double hit_rate = 0;                 // expected of decoding: by the profile, else for picks at random
+  double missed_bytes_per_token = 0;   // to be read for each token
+  bool streamed() const noexcept { return budget > 0; }
+
+  // What decoding can reach at most, if experts are read at this rate.  Bytes per second -> tokens per second.
+  double tokens_per_second(double read_bandwidth) const noexcept {
+    return missed_bytes_per_token > 0 ? read_bandwidth / missed_bytes_per_token : 0;
+  }
 };
 
 // `context` positions, `batch` tokens at a time.  Weights are left 0: they are the checkpoint's to say.

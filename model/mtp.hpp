@@ -25,7 +25,7 @@ void mtp_forward(B& be, const Config& c, const MtpWeights<B>& mtp, std::span<con
   be.rms_norm(in.columns(H, H), h, mtp.pre_fc_norm_hidden, eps);
   be.linear(in, {{mtp.fc, x}});
   enter_layer(a, sequences, [](SequenceState<B>& s) -> LayerState<B>& { return s.mtp; });
-  decoder_layer(be, c, mtp.layer, a, T);
+  decoder_layer<B>(be, c, mtp.layer, nullptr, a, T);
   be.rms_norm(h, x, mtp.norm, eps);
   for (const SequenceRows<B>& s : sequences) s.state->mtp_position += s.count;
 }

@@ -44,6 +44,30 @@ struct SequenceState {
   std::int64_t mtp_position = 0;  // rows seen by the MTP layer
 };
 
+// A sequence as it is before a pass that may fail in the middle.  Copies the DeltaNet states; KV caches, which only
+// grow, are cut.  Keeps its memory for the next time.
+template <BackendOps B>
+class SequenceGuard {
+ public:
+  void keep(const SequenceState<B>& s) {
+    deltas_.resize(s.layers.size());
+    for (std::size_t i = 0; i < s.layers.size(); ++i) deltas_[i] = s.layers[i].delta;
+    position_ = s.position, mtp_position_ = s.mtp_position;
+  }
+  void put_back(SequenceState<B>& s) const {
+    for (std::size_t i = 0; i < s.layers.size(); ++i) {
+      s.layers[i].delta = deltas_[i];
+      if (s.layers[i].kv) s.layers[i].kv->truncate(position_);
+    }
+    if (s.mtp.kv) s.mtp.kv->truncate(mtp_position_);
+    s.position = position_, s.mtp_position = mtp_position_;
+  }
+
+ private:
+  std::vector<std::optional<typename B::DeltaState>> deltas_;
+  std::int64_t position_ = 0, mtp_position_ = 0;
+};
+
 // Which rows of a batch belong to which sequence.
 template <BackendOps B>
 struct SequenceRows {

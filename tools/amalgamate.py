@@ -23,18 +23,10 @@ import sys
 ENTRY = "qwen3next.hpp"
 FOLDERS = ("core", "blocks", "model", "backends", "weights", "text", "generate")  # the library's, searched for orphans
 ORPHANS = {  # header: why the library does without
-    "weights/direct_file.hpp": "for streamed experts, to come",
-    "weights/read_queue.hpp": "for streamed experts, to come",
-    "weights/read_queue_threads.hpp": "for streamed experts, to come",
-    "weights/read_queue_uring.hpp": "for streamed experts, to come",
-    "weights/read_request.hpp": "for streamed experts, to come",
     "backends/observed_routing.hpp": "what routers pick: for the program's experts",
-    "core/available_memory.hpp": "for streamed experts, to come",
     "backends/traced_backend.hpp": "time and traffic of every operation: for the program's bench",
     "model/parameters.hpp": "parameters by part of the model: for the program's inspect",
     "model/traffic.hpp": "what a pass must read at least: for the program's bench",
-    "weights/expert_cache.hpp": "for the store of streamed experts, which is being written",
-    "weights/expert_profile.hpp": "for the same",
 }
 BANNER = """\
 // qwen3next {version}, {stamp}
