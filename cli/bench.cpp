@@ -4,6 +4,8 @@
 
 #include "bench/bandwidth.hpp"
 #include "cli/commands.hpp"
+#include "cli/expert_bandwidth.hpp"
+#include "cli/generating.hpp"
 #include "cli/progress.hpp"
 #include "model/traffic.hpp"
 
@@ -77,29 +79,33 @@ class Bench {
   }
 
   template <class Work>
-  std::vector<double> measure(const Snapshot& from, std::int64_t tokens, Work work) {
-    std::vector<double> samples;
+  BenchResult result(const char* kind, std::int64_t tokens, const Snapshot& from, Work work, double bytes_per_token) {
+    BenchResult r{kind, tokens, from.position(), 1, {}, bytes_per_token};
+    const ExpertStatistics before = experts();
     for (int i = 0; i < o_.repeats; ++i) {
       session_.restore(from);
       const std::vector<std::int32_t> input = random_tokens_(tokens);
       const auto start = std::chrono::steady_clock::now();
       work(input);
-      samples.push_back(static_cast<double>(tokens) / seconds_since(start));
+      r.samples.push_back(static_cast<double>(tokens) / seconds_since(start));
     }
-    return samples;
+    const ExpertStatistics after = experts();
+    const auto picks = static_cast<double>(after.picks() - before.picks());
+    r.read_per_token =
+        static_cast<double>(after.bytes_read - before.bytes_read) / static_cast<double>(tokens * o_.repeats);
+    r.hit_rate = picks > 0 ? static_cast<double>(after.hits - before.hits) / picks : 0;
+    return r;
   }
+
+  ExpertStatistics experts() const { return session_.model().expert_statistics().value_or(ExpertStatistics{}); }
 
   BenchResult prefill(const Snapshot& from) {
     const std::int64_t n = o_.prefill, depth = from.position(), batch = o_.model.batch;
     double bytes = 0;
     for (std::int64_t done = 0; done < n; done += batch)
       bytes += traffic(std::min(batch, n - done), static_cast<double>(depth + done));
-    return {"prefill",
-            n,
-            depth,
-            1,
-            measure(from, n, [&](const auto& input) { read(input); }),
-            bytes / static_cast<double>(n)};
+    return result(
+        "prefill", n, from, [&](const auto& input) { read(input); }, bytes / static_cast<double>(n));
   }
 
   BenchResult decode(const Snapshot& from) {
@@ -111,7 +117,7 @@ class Bench {
       }
     };
     const double middle = static_cast<double>(depth) + static_cast<double>(n - 1) / 2;  // traffic is linear in depth
-    return {"decode", n, depth, 1, measure(from, n, steps), traffic(1, middle)};
+    return result("decode", n, from, steps, traffic(1, middle));
   }
 
   double traffic(std::int64_t tokens, double depth) const {
@@ -128,6 +134,7 @@ class Bench {
 void print_json(const Model& model, const BenchOptions& o, const Roofs& roofs, const std::vector<BenchResult>& results,
                 const std::vector<OpsResult>& ops) {
   ordered_json json{{"read_bandwidth_gb_s", roofs.bandwidth / 1e9}};
+  if (roofs.experts > 0) json["expert_bandwidth_gb_s"] = roofs.experts / 1e9;
   if (o.ops) {
     json["integer_gmac_s"] = roofs.integer_macs / 1e9;
     json["floating_gmac_s"] = roofs.floating_macs / 1e9;
@@ -145,9 +152,27 @@ void print_json(const Model& model, const BenchOptions& o, const Roofs& roofs, c
                                {"bytes_per_token", r.bytes_per_token},
                                {"percent_of_roof", 100 * r.median() * r.bytes_per_token / roofs.bandwidth},
                                {"samples", r.samples}});
+    if (roofs.experts > 0) {
+      json["results"].back().update({{"expert_bytes_read_per_token", r.read_per_token},
+                                     {"expert_hit_rate", r.hit_rate},
+                                     {"percent_of_disk", 100 * r.median() * r.read_per_token / roofs.experts}});
+    }
   }
   if (o.ops) json["operations"] = operations_json(ops, roofs);
   std::cout << json.dump(2) << "\n";
+}
+
+void print_streaming(const Model& model, const Roofs& roofs, const std::vector<BenchResult>& results) {
+  const Style style(stdout);
+  std::cout << format("experts are streamed; the disk gives %.2f GB/s of them\n", roofs.experts / 1e9) << style.bold()
+            << format("%-18s %8s %10s %12s %8s", "what", "depth", "hits %", "read MB/tok", "% disk") << style.reset()
+            << "\n";
+  for (const BenchResult& r : results) {
+    std::cout << format("%-18s %8lld %10.1f %12.3f %8.1f\n", (r.kind + " " + std::to_string(r.tokens)).c_str(),
+                        static_cast<long long>(r.depth), 100 * r.hit_rate, r.read_per_token / 1e6,
+                        100 * r.median() * r.read_per_token / roofs.experts);
+  }
+  std::cout << experts_line(*model.expert_statistics()) << "\n";
 }
 
 void print_table(const Model& model, const BenchOptions& o, const Roofs& roofs, const std::vector<BenchResult>& results,
@@ -163,6 +188,7 @@ void print_table(const Model& model, const BenchOptions& o, const Roofs& roofs, 
                         rate_text(r.median()).c_str(), r.bytes_per_token / 1e6,
                         100 * r.median() * r.bytes_per_token / roofs.bandwidth);
   }
+  if (roofs.experts > 0) print_streaming(model, roofs, results);
   if (o.ops) print_operations(ops, roofs);
 }
 
@@ -172,8 +198,12 @@ void bench(const BenchOptions& o) {
   if (o.model.backend != "cpu" && (o.ops || !o.parallel.empty()))
     throw CLI::ValidationError("--ops and --parallel", "measure the cpu backend alone");
   const Model model = open_model(o.model);
+  const bool streamed = model.plan(session_options(o.model)).streamed();
+  if (streamed && (o.ops || !o.parallel.empty()))
+    throw CLI::ValidationError("--ops and --parallel", "measure mapped weights; here experts would be streamed");
   Bench bench(model, o);
-  Roofs roofs{.bandwidth = measure_read_bandwidth()};
+  Roofs roofs{.bandwidth = measure_read_bandwidth(),
+              .experts = streamed ? measure_expert_bandwidth(model.checkpoint()) : 0};
   std::vector<BenchResult> results = bench.run();
   TracedResults traced;
   if (o.ops || !o.parallel.empty()) traced = run_traced(model, o, bench.kv());
@@ -225,7 +255,10 @@ void add_bench(CLI::App& app) {
       "than it reads, so there it is low.  --parallel counts the experts that the router picked, each once a step,\n"
       "and the KV cache of each sequence (up to -d they share its memory).  --ops times the operations on the\n"
       "calling thread, averages over a pass; an operation's roof is bytes over bandwidth or multiply-adds (mac) over\n"
-      "their measured peak, whichever takes longer; bytes that the caches hold may pass it.");
+      "their measured peak, whichever takes longer; bytes that the caches hold may pass it.\n"
+      "With experts streamed (--memory): hits are picks that were in memory, % disk is what was read for a token "
+      "times\n"
+      "tokens/s over the rate at which the disk gives experts at random, as many at once as a layer picks.");
   command.callback([o] { bench(*o); });
 }
 

@@ -24,6 +24,7 @@ struct BenchOptions {
 // What the machine can do at most, all processors together.
 struct Roofs {
   double bandwidth = 0;                        // bytes per second
+  double experts = 0;                          // bytes per second of streamed experts; 0: they are mapped
   double integer_macs = 0, floating_macs = 0;  // per second, with the kernels in use; 0: not measured
 
   // The least time that this work can take, in seconds.
@@ -38,6 +39,8 @@ struct BenchResult {
   std::int64_t tokens, depth, sequences;
   std::vector<double> samples;  // tokens per second
   double bytes_per_token;
+  double read_per_token = 0;  // bytes of streamed experts, mean of all runs
+  double hit_rate = 0;        // likewise
 
   double median() const {
     std::vector<double> s = samples;

@@ -2,6 +2,7 @@
 // What the commands share: the options for opening a model, and reading and writing.
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
@@ -35,7 +36,8 @@ struct ModelOptions {
   std::string isa;
   int threads = 0;
   double yarn = 0;
-  std::string memory = "auto", gpu_memory, mtp = "auto";
+  std::string memory = "auto", gpu_memory, mtp = "auto", expert_profile;
+  int experts_used = 0;
   std::int64_t context = 0;
   int batch = SessionOptions{}.batch;
   std::string kv;
@@ -51,6 +53,29 @@ inline CLI::Option* add_yarn_option(CLI::App& command, double& factor) {
   return command.add_option("--yarn", factor, "Extend the model's length by this factor (YaRN), 1M from 262144: 4")
       ->option_text("FACTOR")
       ->check(CLI::Range(1., 1024.));
+}
+
+// Bytes of "20GiB", "20GB", "500M" or a plain number; nothing of "auto".
+inline std::optional<std::uint64_t> memory_size(const std::string& text) {
+  if (text == "auto") return {};
+  std::string number = text;
+  const std::string wrong = CLI::AsSizeValue(true)(number);
+  std::uint64_t bytes = 0;
+  const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), bytes);
+  if (!wrong.empty() || error != std::errc() || end != number.data() + number.size() || bytes == 0)
+    throw CLI::ValidationError("--memory " + text, "expected auto, or a size as 20GiB, 20GB or 500MiB");
+  return bytes;
+}
+
+inline void add_memory_options(CLI::App& command, std::string& memory, std::string& profile) {
+  command
+      .add_option("--memory", memory,
+                  "For weights and sessions; experts that do not fit are read as needed.  auto: what can be spared")
+      ->option_text("SIZE [auto]")
+      ->group("Computing");
+  command.add_option("--expert-profile", profile, "With a budget: the experts to begin with (`experts --save`)")
+      ->option_text("FILE")
+      ->group("Computing");
 }
 
 // MODEL and how to compute with it.
@@ -69,8 +94,11 @@ inline void add_model_options(CLI::App& command, ModelOptions& o) {
       ->check(CLI::NonNegativeNumber)
       ->group("Computing");
   add_yarn_option(command, o.yarn)->group("Computing");
-  command.add_option("--memory", o.memory, "auto: weights are mapped, the system keeps what fits; no other value yet")
-      ->option_text("SIZE [auto]")
+  add_memory_options(command, o.memory, o.expert_profile);
+  command
+      .add_option("--experts-used", o.experts_used, "Fewer routed experts a token: faster, and another model [its own]")
+      ->option_text("N")
+      ->check(CLI::PositiveNumber)
       ->group("Computing");
   command.add_option("--gpu-memory", o.gpu_memory, "Refused: this build has no CUDA backend")
       ->option_text("SIZE")
@@ -116,14 +144,24 @@ inline SessionOptions session_options(const ModelOptions& o) {
   return {.context = o.context, .kv = kv_type(o.kv), .batch = o.batch};
 }
 
+// memory: 20.0 GiB for dense weights 1.3 GiB, session up to 6.7 GiB, 6,300 of 24,576 experts 12.0 GiB, ...
+inline std::string memory_line(const MemoryPlan& p) {
+  const std::string session = "KV cache up to " + bytes_text(p.kv_cache) + ", states " + bytes_text(p.delta_state) +
+                              ", scratch " + bytes_text(p.scratch);
+  if (!p.streamed()) {
+    return "memory: weights " + bytes_text(p.weights_mapped) + " mapped, " + bytes_text(p.weights_copied) +
+           " copied; " + session;
+  }
+  return "memory: " + bytes_text(p.budget) + "; dense weights " + bytes_text(p.weights_resident + p.weights_copied) +
+         ", " + session + ", at that length " + count_text(p.experts_held) + " of " + count_text(p.experts) +
+         " experts, " + bytes_text(p.experts_resident) + format("; expected hits %.0f %%, ", 100 * p.hit_rate) +
+         bytes_text(p.missed_bytes_per_token) + " to read for a token";
+}
+
 // Options that mean something in other builds are refused here, rather than ignored.
 inline Model open_model(const ModelOptions& o) {
   if (o.backend == "cuda") throw Error("--backend cuda: this build has no CUDA backend; use cpu");
   if (!o.gpu_memory.empty()) throw Error("--gpu-memory: this build has no CUDA backend; leave it out");
-  if (o.memory != "auto") {
-    throw Error("--memory " + o.memory + ": a budget needs streamed experts, which this build has not; leave it out " +
-                "(weights are memory-mapped: the system keeps what fits)");
-  }
   if (o.mtp != "auto" && o.mtp != "0") {
     throw Error("--mtp " + o.mtp + ": this build does not draft with the MTP head; use 0, or leave it out");
   }
@@ -132,7 +170,10 @@ inline Model open_model(const ModelOptions& o) {
                                                 .isa = o.isa,
                                                 .threads = o.threads,
                                                 .mtp_path = file_path(o.mtp_path),
-                                                .yarn_factor = o.yarn});
+                                                .yarn_factor = o.yarn,
+                                                .experts_used = o.experts_used,
+                                                .memory = memory_size(o.memory),
+                                                .expert_profile = file_path(o.expert_profile)});
   if (o.verbose) {
     const Config& c = model.config();
     const MemoryPlan plan = model.plan(session_options(o));
@@ -140,9 +181,7 @@ inline Model open_model(const ModelOptions& o) {
               << " experts, top " << c.num_experts_per_tok << ", length " << c.max_position_embeddings
               << (c.has_mtp ? ", MTP head" : "") << format("; opened in %.3f s\n", seconds_since(start))
               << "backend: " << model.backend_description() << "\n"
-              << "memory: weights " << bytes_text(plan.weights_mapped) << " mapped, " << bytes_text(plan.weights_copied)
-              << " copied; KV cache up to " << bytes_text(plan.kv_cache) << ", states " << bytes_text(plan.delta_state)
-              << ", scratch " << bytes_text(plan.scratch) << "\n";
+              << memory_line(plan) << "\n";
   }
   return model;
 }

@@ -109,6 +109,19 @@ void print_json(const Inspection& i) {
                  {"delta_state", i.memory.delta_state},
                  {"scratch", i.memory.scratch},
                  {"session", i.memory.session()}};
+  if (const MemoryPlan& m = i.memory; m.streamed()) {
+    j["memory"]["streaming"] = {{"budget", m.budget},
+                                {"needed", m.needed},
+                                {"weights_resident", m.weights_resident},
+                                {"state_copy", m.state_copy},
+                                {"experts_resident", m.experts_resident},
+                                {"experts_held", m.experts_held},
+                                {"experts", m.experts},
+                                {"expected_hit_rate", m.hit_rate},
+                                {"missed_bytes_per_token", m.missed_bytes_per_token},
+                                {"read_bandwidth", i.read_bandwidth},
+                                {"expected_tokens_per_second", m.tokens_per_second(i.read_bandwidth)}};
+  }
   j["bytes_per_token"] = {{"first", traffic_json(i.first_token)}, {"last", traffic_json(i.last_token)}};
   // Names come from files: whatever is not UTF-8 in them must not stop us.
   std::cout << j.dump(2, ' ', false, ordered_json::error_handler_t::replace) << "\n";

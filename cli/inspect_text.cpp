@@ -208,7 +208,10 @@ class Report {
     const MemoryPlan& m = i_.memory;
     heading("Memory", "at a context of " + count_text(i_.context) + " tokens, KV cache " + std::string(name(i_.kv)));
     const auto bytes = [](std::uint64_t n) { return format("%9s", bytes_text(n).c_str()); };
-    line("weights, mapped", bytes(m.weights_mapped), "used where they lie in the file; the system keeps what fits");
+    if (m.streamed())
+      line("dense weights", bytes(m.weights_resident), "read into memory, and locked there where that is allowed");
+    else
+      line("weights, mapped", bytes(m.weights_mapped), "used where they lie in the file; the system keeps what fits");
     line("weights, copied", bytes(m.weights_copied), i_.copies.empty() ? "none" : "");
     for (const auto& [why, copies] : i_.copies) {
       out() << style_.dim()
@@ -220,6 +223,22 @@ class Report {
     line("DeltaNet states", bytes(m.delta_state), "whatever the length");
     line("scratch", bytes(m.scratch), "activations of the longest step");
     line("a session", bytes(m.session()), "KV cache, states and scratch");
+    if (m.streamed()) streaming();
+  }
+
+  void streaming() const {
+    const MemoryPlan& m = i_.memory;
+    const auto bytes = [](double n) { return format("%9s", bytes_text(n).c_str()); };
+    line("copy of the states", bytes(static_cast<double>(m.state_copy)), "to go back to if a read fails");
+    line("experts", bytes(static_cast<double>(m.experts_resident)),
+         concat(count_text(m.experts_held), " of ", count_text(m.experts), ": what the budget leaves"));
+    line("budget", bytes(static_cast<double>(m.budget)),
+         m.budget < m.needed ? "too small: at least " + bytes_text(m.needed) : "");
+    line("expected hits", format("%7.1f %%", 100 * m.hit_rate), "of picks");
+    line("to read for a token", bytes(m.missed_bytes_per_token));
+    line("experts are read at", format("%9.2f GB/s", i_.read_bandwidth / 1e9), "measured now");
+    if (m.missed_bytes_per_token > 0)
+      line("decoding, at most", format("%9.2f tokens/s", m.tokens_per_second(i_.read_bandwidth)), "by that");
   }
 
   void traffic() const {

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "cli/common.hpp"
+#include "cli/expert_bandwidth.hpp"
 #include "cli/format.hpp"
 
 namespace qwen3next::cli {
@@ -185,6 +186,13 @@ Inspection inspect_model(const std::string& path, const std::string& mtp_path, d
   i.last_token = pass_traffic(c, i.checkpoint.weights, kv, 1, static_cast<double>(i.context - 1));
   find_problems(i);
   return i;
+}
+
+void plan_streaming(Inspection& i, const Options& options) {
+  const MemoryPlan plan = Model::plan(i.checkpoint.path, options, {.context = i.context, .kv = i.kv});
+  if (!plan.streamed()) return;  // all of it fits
+  i.memory = plan;
+  i.read_bandwidth = measure_expert_bandwidth(i.checkpoint);
 }
 
 }  // namespace qwen3next::cli

@@ -82,6 +82,7 @@ struct Inspection {
   std::map<std::string_view, Sum> types{};    // by the container's spelling
   std::map<std::string, CopyGroup> copies{};  // why -> how much
   MemoryPlan memory{};                        // at `context`
+  double read_bandwidth = 0;                  // of experts that are streamed, bytes per second
   Traffic first_token{}, last_token{};        // of a decoded token: after nothing, and at the end of `context`
   std::vector<std::string> problems{};        // in words, with what to do
 
@@ -94,6 +95,9 @@ struct Inspection {
 // Opens and checks the files as running would.  `context` 0: the model's length, extended by `yarn` unless that is 0.
 Inspection inspect_model(const std::string& path, const std::string& mtp_path, double yarn, std::int64_t context,
                          KvType kv);
+
+// If a model opened with these options would stream its experts: plans for that, and measures how fast they are read.
+void plan_streaming(Inspection& inspection, const Options& options);
 
 // The largest power of two that divides an offset, at most 4096: what the loader and O_DIRECT care about.
 std::uint64_t alignment(std::uint64_t offset);

@@ -83,7 +83,9 @@ void run(const RunOptions& o) {
   };
   const Generated result = o.chat ? answer(session, o, prompt, options) : complete(session, o, prompt, options);
   finish_output();
-  if (!o.quiet) std::cerr << timing_line(result) << std::endl;
+  if (!o.quiet) std::cerr << timing_line(result, model) << std::endl;
+  const auto experts = model.expert_statistics();
+  if (o.model.verbose && experts) std::cerr << experts_line(*experts) << std::endl;
   stop_if_interrupted();
 }
 

@@ -117,8 +117,8 @@ try 1 run "$release" -p hi
 says "tokenizer.json"
 try 1 run "$toy" -p hi --backend cuda
 says "CUDA"
-try 1 run "$toy" -p hi --memory 1GiB
-says "--memory"
+try 1 run "$toy" -p hi --memory 1MiB
+says "MiB or more"
 try 1 run "$toy" -p hi --gpu-memory 1GiB
 try 1 run "$toy" -p hi --mtp 2
 try 1 run "$toy" -p hi --isa vax
