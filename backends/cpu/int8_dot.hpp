@@ -78,12 +78,29 @@ QWEN3NEXT_FORCE_INLINE I dot4(I acc, std::int32_t x, const std::int8_t* w) noexc
 }
 #undef QWEN3NEXT_MM
 
-#if QWEN3NEXT_X86 && !defined(__AVX2__)
-// Sums of 16 products of int8 in four lanes.  No saturation: at most 2 * 128 * 127 = 32512 before they are widened.
+// Sums of products of weights and activations (-127..127), four in every lane.  `wide`: weights of all 8 bits, else they
+// are 0..63.  x86 multiplies signed bytes with unsigned ones: w x = |w| (sign(w) x).  No sum of two saturates: at most
+// 2 * 128 * 127 = 32512.
+#if defined(__AVX2__)
+template <bool wide>
+QWEN3NEXT_FORCE_INLINE __m256i dot32(const std::int8_t* w, const std::int8_t* x) noexcept {
+  __m256i wv = peek<__m256i>(w), xv = peek<__m256i>(x);
+  if constexpr (wide) xv = _mm256_sign_epi8(xv, wv), wv = _mm256_abs_epi8(wv);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return _mm256_dpbusd_epi32(_mm256_setzero_si256(), wv, xv);
+#elif defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), wv, xv);
+#else
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(wv, xv), _mm256_set1_epi16(1));
+#endif
+}
+#elif QWEN3NEXT_X86
+template <bool wide>
 QWEN3NEXT_FORCE_INLINE __m128i dot16(const std::int8_t* w, const std::int8_t* x) noexcept {
-  const __m128i wv = peek<__m128i>(w), xv = peek<__m128i>(x);
+  __m128i wv = peek<__m128i>(w), xv = peek<__m128i>(x);
 #if defined(__SSSE3__)
-  return _mm_madd_epi16(_mm_maddubs_epi16(_mm_abs_epi8(wv), _mm_sign_epi8(xv, wv)), _mm_set1_epi16(1));
+  if constexpr (wide) xv = _mm_sign_epi8(xv, wv), wv = _mm_abs_epi8(wv);
+  return _mm_madd_epi16(_mm_maddubs_epi16(wv, xv), _mm_set1_epi16(1));
 #else
   auto low = [](__m128i v) { return _mm_srai_epi16(_mm_unpacklo_epi8(v, v), 8); };
   auto high = [](__m128i v) { return _mm_srai_epi16(_mm_unpackhi_epi8(v, v), 8); };
@@ -91,6 +108,7 @@ QWEN3NEXT_FORCE_INLINE __m128i dot16(const std::int8_t* w, const std::int8_t* x)
 #endif
 }
 #elif defined(__aarch64__)
+template <bool wide>
 QWEN3NEXT_FORCE_INLINE int32x4_t dot16(const std::int8_t* w, const std::int8_t* x) noexcept {
   const int8x16_t wv = vld1q_s8(w), xv = vld1q_s8(x);
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -99,53 +117,103 @@ QWEN3NEXT_FORCE_INLINE int32x4_t dot16(const std::int8_t* w, const std::int8_t* 
   return vpaddlq_s16(vmlal_high_s8(vmull_s8(vget_low_s8(wv), vget_low_s8(xv)), wv, xv));
 #endif
 }
-#endif
-
-// Sums 32 products of int8 weights and int8 activations (-127..127), the first 16 times `low`, the others times `high`,
-// into some lanes of an accumulator.
-struct Dot32 {
-#if defined(__AVX2__)
-  __m256 acc = _mm256_setzero_ps();
-
-  QWEN3NEXT_FORCE_INLINE void add(const std::int8_t* w, const std::int8_t* x, float low, float high) noexcept {
-    const __m256i wv = peek<__m256i>(w), xv = peek<__m256i>(x);
-    const __m256i absolute = _mm256_abs_epi8(wv), signed_x = _mm256_sign_epi8(xv, wv);  // w x = |w| (sign(w) x)
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), absolute, signed_x);
-#elif defined(__AVXVNNI__)
-    const __m256i sums = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), absolute, signed_x);
 #else
-    // At most 2 * 128 * 127 = 32512: no saturation, even for 8-bit weights.
-    const __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(absolute, signed_x), _mm256_set1_epi16(1));
+template <bool wide>
+inline I dot16(const std::int8_t* w, const std::int8_t* x) noexcept {
+  std::int32_t sums[lanes] = {};
+  for (int i = 0; i < 16; ++i) sums[i % lanes] += w[i] * x[i];
+  return load(sums);
+}
 #endif
-    const __m256 scale = _mm256_insertf128_ps(_mm256_set1_ps(low), _mm_set1_ps(high), 1);
-    acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale, acc);
+
+// The product of a row and a token, 256 columns at a time, in the lanes of two accumulators: with one, the latency of
+// its additions would be what counts.
+#if defined(__AVX2__)
+// Scales of 256 columns: vector i has those of columns [128 i, 128 i + 128), for the first and the second 16 of each 32
+// in its halves, so that a shuffle within halves makes the factors of 32 columns.
+template <int group>
+struct RowScales {
+  __m256 v[2];
+
+  QWEN3NEXT_FORCE_INLINE explicit RowScales(const float* scale) noexcept {
+    const __m256i halves = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (group == 32)
+        v[i] = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(scale + 4 * i));
+      else
+        v[i] = _mm256_permutevar8x32_ps(peek<__m256>(scale + 8 * i), halves);
+    }
+  }
+};
+
+struct RowSum {
+  __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+
+  // += sum of scale d q x; d: of 32 columns; q: 32 of them every `stride` bytes
+  template <int group, bool wide, int stride>
+  QWEN3NEXT_FORCE_INLINE void add(const RowScales<group>& scale, const float* d, const std::int8_t* q,
+                                  const std::int8_t* x) noexcept {
+    auto four = [&](auto i) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+      constexpr int b = 4 * decltype(i)::value;
+      const __m256 f =
+          _mm256_mul_ps(scale.v[b / 4], _mm256_broadcast_ps(reinterpret_cast<const __m128*>(d + b)));
+      auto one = [&](int j, __m256 factors) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+        const __m256i products = dot32<wide>(q + stride * (b + j), x + 32 * (b + j));
+        acc[j % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), factors, acc[j % 2]);
+      };
+      one(0, _mm256_permute_ps(f, 0x00));
+      one(1, _mm256_permute_ps(f, 0x55));
+      one(2, _mm256_permute_ps(f, 0xaa));
+      one(3, _mm256_permute_ps(f, 0xff));
+    };
+    four(Count<0>{});
+    four(Count<1>{});
+  }
+  // -= the sum of a[i] b[i]
+  template <int n>
+  QWEN3NEXT_FORCE_INLINE void subtract(const float* a, const float* b) noexcept {
+#pragma GCC unroll 2
+    for (int i = 0; i < n; i += 8) acc[1] = _mm256_fnmadd_ps(peek<__m256>(a + i), peek<__m256>(b + i), acc[1]);
   }
   QWEN3NEXT_FORCE_INLINE float total() const noexcept {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps(acc, 1));
+    const __m256 both = _mm256_add_ps(acc[0], acc[1]);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
-#elif QWEN3NEXT_X86 || defined(__aarch64__)
-  F first = F(0.0f), second = F(0.0f);  // braces would be a list of lanes
-
-  QWEN3NEXT_FORCE_INLINE void add(const std::int8_t* w, const std::int8_t* x, float low, float high) noexcept {
-    first = mul_add(to_floats(I(dot16(w, x))), F(low), first);
-    second = mul_add(to_floats(I(dot16(w + 16, x + 16))), F(high), second);
-  }
-  QWEN3NEXT_FORCE_INLINE float total() const noexcept { return sum(first + second); }
-#else
-  float acc = 0;
-
-  QWEN3NEXT_FORCE_INLINE void add(const std::int8_t* w, const std::int8_t* x, float low, float high) noexcept {
-    std::int32_t a = 0, b = 0;
-    for (int i = 0; i < 16; ++i) a += w[i] * x[i];
-    for (int i = 16; i < 32; ++i) b += w[i] * x[i];
-    acc += low * static_cast<float>(a) + high * static_cast<float>(b);
-  }
-  QWEN3NEXT_FORCE_INLINE float total() const noexcept { return acc; }
-#endif
 };
+#else
+template <int group>
+struct RowScales {
+  const float* scale;
+  QWEN3NEXT_FORCE_INLINE explicit RowScales(const float* s) noexcept : scale(s) {}
+};
+
+struct RowSum {
+  F acc[2] = {F(0.0f), F(0.0f)};  // braces would be a list of lanes
+
+  template <int group, bool wide, int stride>
+  QWEN3NEXT_FORCE_INLINE void add(const RowScales<group>& scale, const float* d, const std::int8_t* q,
+                                  const std::int8_t* x) noexcept {
+#pragma GCC unroll 8
+    for (int b = 0; b < 8; ++b, q += stride, x += 32) {
+      const I low(dot16<wide>(q, x)), high(dot16<wide>(q + 16, x + 16));
+      if constexpr (group == 32) {
+        acc[b % 2] = mul_add(to_floats(low + high), F(scale.scale[b] * d[b]), acc[b % 2]);
+      } else {
+        acc[0] = mul_add(to_floats(low), F(scale.scale[2 * b] * d[b]), acc[0]);
+        acc[1] = mul_add(to_floats(high), F(scale.scale[2 * b + 1] * d[b]), acc[1]);
+      }
+    }
+  }
+  template <int n>
+  QWEN3NEXT_FORCE_INLINE void subtract(const float* a, const float* b) noexcept {
+    for (int i = 0; i < n; i += lanes) acc[1] -= load(a + i) * load(b + i);
+  }
+  QWEN3NEXT_FORCE_INLINE float total() const noexcept { return sum(acc[0] + acc[1]); }
+};
+#endif
 
 }  // namespace QWEN3NEXT_KERNEL_UNIT
 }  // namespace qwen3next::cpu::QWEN3NEXT_ISA

@@ -206,7 +206,7 @@ struct Columns256<MXFP4> {
   static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, Unpacked<MXFP4>& w) noexcept {
     spread(pieces(p + 1, 17), pieces(p + 69, 17), nibble_dwords, w.q);
     keep(w.q, nibble_shifts, 15);
-    look_up(w.q, fp4_table, 16);
+    look_up(w.q, fp4_table, 0);
     std::uint64_t exponents = 0;
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) exponents |= static_cast<std::uint64_t>(p[17 * i]) << (8 * i);
@@ -256,7 +256,7 @@ struct Columns256<NVFP4> {
     w.q[1] = _mm512_and_si512(second, nibble);
     w.q[2] = _mm512_and_si512(_mm512_srli_epi32(first, 4), nibble);
     w.q[3] = _mm512_and_si512(_mm512_srli_epi32(second, 4), nibble);
-    look_up(w.q, fp4_table, 16);
+    look_up(w.q, fp4_table, 0);
     const __m128i four = _mm_setr_epi32(peek<std::int32_t>(p), peek<std::int32_t>(p + 36), peek<std::int32_t>(p + 72),
                                         peek<std::int32_t>(p + 108));
     // E4M3 without sign.  As halves they are 2^-8 times as large; the table holds twice the numbers.  0x7f reads as 0.

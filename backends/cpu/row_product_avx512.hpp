@@ -165,10 +165,10 @@ void row_product(const std::byte* const* w, int rows, int n, const std::byte* co
 }
 constexpr int row_tokens = 2;
 
-inline void make_operand(const std::byte* row, int n, std::byte* operand) noexcept {
-  std::memcpy(operand, row, quantized_row_bytes(n));
+inline void make_operand(const std::byte* row, int n, std::byte* operand) noexcept { make_plain_operand(row, n, operand); }
+inline std::size_t operand_bytes(int n) noexcept {
+  return static_cast<std::size_t>((n + 255) / 256) * sizeof(PlainOperand);
 }
-inline std::size_t operand_bytes(int n) noexcept { return quantized_row_bytes(n); }
 
 #endif
 

@@ -205,7 +205,7 @@ QWEN3NEXT_FORCE_INLINE void pack_block(const RowBlocks& rows, StripWriter<Type>&
   [[maybe_unused]] alignas(64) float negative_min[groups][16];
   for (int r = 0; r < 16; ++r) {
     float row_scale[16], row_min[16];
-    Type::unpack(rows.row[r] + rows.at, q[r], row_scale, row_min);
+    unpack<Type>(rows.row[r] + rows.at, q[r], row_scale, row_min);
     for (int g = 0; g < groups; ++g) {
       scale[g][r] = row_scale[g];
       if constexpr (Type::has_min) negative_min[g][r] = -row_min[g];
@@ -219,6 +219,7 @@ QWEN3NEXT_FORCE_INLINE void pack_block(const RowBlocks& rows, StripWriter<Type>&
         v[r] = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(q[r])));
       else
         v[r] = _mm512_load_si512(q[r] + c);
+      if constexpr (Type::zero != 0) v[r] = _mm512_sub_epi8(v[r], _mm512_set1_epi8(Type::zero));
     }
     transpose16(v);
     constexpr int vectors = (columns < 64 ? columns : 64) / 4, group_vectors = Type::group / 4;

@@ -83,7 +83,10 @@ void pack_strip(const std::byte* const* w, int rows, int n, std::byte* strip) no
     for (int r = 0; r < lanes; ++r) {
       alignas(64) std::int8_t q[Type::elements];
       float scale[16], min[16];
-      Type::unpack(w[r < rows ? r : 0] + block * Type::bytes, q, scale, min);
+      unpack<Type>(w[r < rows ? r : 0] + block * Type::bytes, q, scale, min);
+      if constexpr (Type::zero != 0) {
+        for (auto& level : q) level = static_cast<std::int8_t>(level - Type::zero);
+      }
       std::byte* out = strip;
       for (int g = 0; g < groups; ++g, out += Group::bytes) {
         for (int k = 0; k < Type::group; k += deep)

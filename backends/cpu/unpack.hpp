@@ -1,10 +1,11 @@
 #pragma once
-// The quantised types, one struct each: blocks to int8 and scales.  Layouts: FORMATS.md 5; scalar twins: blocks/.
+// The quantised types, one struct each: blocks to bytes and scales.  Layouts: FORMATS.md 5; scalar twins: blocks/.
 //
-//   weight i of a block = scale[i / group] q[i] - min[i / group]
+//   weight i of a block = scale[i / group] (q[i] - zero) - min[i / group]
 //
-// A new type is one such struct; everything else (products, strips, rows of embeddings) is written over them.  The
-// loops have constant counts, so that compilers turn them into vector code for any ISA.
+// q is at most 63 and not negative, or `wide`: any int8, zero = 0.  A new type is one such struct: levels() of a block,
+// scales() and minima of some; everything else (products, strips, rows of embeddings) is written over them.  Loops have
+// constant counts and bits move 32 bytes at a time, so that compilers make vector code of them for any ISA.
 
 #include "backends/cpu/f8_product.hpp"
 #include "backends/cpu/simd.hpp"
@@ -14,6 +15,76 @@ namespace QWEN3NEXT_KERNEL_UNIT {
 
 QWEN3NEXT_FORCE_INLINE int byte_at(const std::byte* p, int i) noexcept { return static_cast<int>(p[i]); }
 QWEN3NEXT_FORCE_INLINE float half_at(const std::byte* p) noexcept { return half_to_float(peek<std::uint16_t>(p)); }
+
+// out = `bits` bits of 32 bytes, those from bit `from` on moved to bit `to`.  Not returned: on an ISA with narrower
+// vectors than these that would be a question of ABI.
+using Bytes32 = std::uint16_t __attribute__((vector_size(32)));
+QWEN3NEXT_FORCE_INLINE void move_bits(const std::byte* p, int from, int bits, int to, Bytes32& out) noexcept {
+  std::memcpy(&out, p, 32);
+  if (from >= to)
+    out >>= static_cast<std::uint16_t>(from - to);
+  else
+    out <<= static_cast<std::uint16_t>(to - from);
+  out &= static_cast<std::uint16_t>(0x0101 * (((1 << bits) - 1) << to));
+}
+// 32 levels from `bits` bits of 32 bytes; and from `high_bits` of 32 others above them.
+QWEN3NEXT_FORCE_INLINE void levels_of(const std::byte* p, int from, int bits, std::int8_t* q) noexcept {
+  Bytes32 low;
+  move_bits(p, from, bits, 0, low);
+  std::memcpy(q, &low, 32);
+}
+QWEN3NEXT_FORCE_INLINE void levels_of(const std::byte* p, int from, int bits, const std::byte* high_p, int high_from,
+                                      int high_bits, std::int8_t* q) noexcept {
+  Bytes32 low, high;
+  move_bits(p, from, bits, 0, low);
+  move_bits(high_p, high_from, high_bits, bits, high);
+  low |= high;
+  std::memcpy(q, &low, 32);
+}
+
+// scale[i] = d (byte i of eight - zero)
+QWEN3NEXT_FORCE_INLINE void scales_of(std::uint64_t eight, float d, int zero, float* scale) noexcept {
+#if defined(__AVX2__)
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(eight)));
+  const __m256 levels = _mm256_cvtepi32_ps(_mm256_sub_epi32(bytes, _mm256_set1_epi32(zero)));
+  _mm256_storeu_ps(scale, _mm256_mul_ps(levels, _mm256_set1_ps(d)));
+#elif QWEN3NEXT_X86
+  const __m128i none = _mm_setzero_si128();
+  const __m128i words = _mm_unpacklo_epi8(_mm_cvtsi64_si128(static_cast<long long>(eight)), none);
+  auto put = [&](__m128i four, float* out) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+    const __m128 levels = _mm_cvtepi32_ps(_mm_sub_epi32(four, _mm_set1_epi32(zero)));
+    _mm_storeu_ps(out, _mm_mul_ps(levels, _mm_set1_ps(d)));
+  };
+  put(_mm_unpacklo_epi16(words, none), scale);
+  put(_mm_unpackhi_epi16(words, none), scale + 4);
+#elif defined(__aarch64__)
+  const uint16x8_t words = vmovl_u8(vcreate_u8(eight));
+  auto put = [&](uint16x4_t four, float* out) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+    const int32x4_t levels = vsubq_s32(vreinterpretq_s32_u32(vmovl_u16(four)), vdupq_n_s32(zero));
+    vst1q_f32(out, vmulq_n_f32(vcvtq_f32_s32(levels), d));
+  };
+  put(vget_low_u16(words), scale);
+  put(vget_high_u16(words), scale + 4);
+#else
+  for (int i = 0; i < 8; ++i) scale[i] = d * static_cast<float>(static_cast<int>(eight >> (8 * i) & 255) - zero);
+#endif
+}
+// What each byte of eight is made of: its low four bits, two more above them.
+constexpr std::uint64_t low_four = 0x0f0f0f0f0f0f0f0fu, next_two = 0x3030303030303030u;
+
+// The halves at p, p + stride, ...
+template <int n, int stride>
+QWEN3NEXT_FORCE_INLINE void halves_of(const std::byte* p, float* out) noexcept {
+#if defined(__F16C__)
+  if constexpr (n == 8) {  // stored at once, see below
+    auto word = [&](int i) QWEN3NEXT_FORCE_INLINE_LAMBDA { return peek<std::int16_t>(p + i * stride); };
+    const __m128i words = _mm_setr_epi16(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7));
+    _mm256_storeu_ps(out, _mm256_cvtph_ps(words));
+    return;
+  }
+#endif
+  for (int i = 0; i < n; ++i) out[i] = half_at(p + i * stride);
+}
 
 #if defined(__AVX2__)
 // 16 bytes of nibbles: the low ones, then the high ones.  All 32 are stored at once, since a load of 32 bytes that two
@@ -29,12 +100,19 @@ template <bool five_bits, bool offset>
 struct Legacy {
   static constexpr int elements = 32, qh_at = offset ? 4 : 2, qs_at = qh_at + (five_bits ? 4 : 0);
   static constexpr int bytes = qs_at + 16, group = 32;
+  static constexpr int zero = offset ? 0 : five_bits ? 16 : 8;
   static constexpr bool has_min = offset, wide = false;
+  static constexpr int stored_at = 0;
 
-  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float* min) noexcept {
-    constexpr int zero = offset ? 0 : five_bits ? 16 : 8;
-    scale[0] = half_at(p);
-    if constexpr (offset) min[0] = -half_at(p + 2);
+  template <int blocks>
+  static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float* min) noexcept {
+    halves_of<blocks, bytes>(p, scale);
+    if constexpr (offset) {
+      halves_of<blocks, bytes>(p + 2, min);
+      for (int i = 0; i < blocks; ++i) min[i] = -min[i];
+    }
+  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
     std::uint32_t fifth = 0;
     if constexpr (five_bits) fifth = peek<std::uint32_t>(p + qh_at);
 #if defined(__AVX2__)
@@ -47,7 +125,7 @@ struct Legacy {
       const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(copied, bit), bit);
       levels = _mm256_or_si256(levels, _mm256_and_si256(set, _mm256_set1_epi8(16)));
     }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm256_sub_epi8(levels, _mm256_set1_epi8(zero)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), levels);
 #else
     for (int l = 0; l < 16; ++l) {
       int low = byte_at(p + qs_at, l) & 15, high = byte_at(p + qs_at, l) >> 4;
@@ -55,8 +133,8 @@ struct Legacy {
         low |= static_cast<int>(fifth >> l & 1) << 4;
         high |= static_cast<int>(fifth >> (16 + l) & 1) << 4;
       }
-      q[l] = static_cast<std::int8_t>(low - zero);
-      q[16 + l] = static_cast<std::int8_t>(high - zero);
+      q[l] = static_cast<std::int8_t>(low);
+      q[16 + l] = static_cast<std::int8_t>(high);
     }
 #endif
   }
@@ -109,103 +187,153 @@ QWEN3NEXT_FORCE_INLINE void look_up(const std::byte* qs, const std::int8_t* tabl
 inline constexpr std::int8_t iq4_table[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 struct IQ4_NL {
-  static constexpr int elements = 32, bytes = 18, group = 32;
+  static constexpr int elements = 32, bytes = 18, group = 32, zero = 0;
   static constexpr bool has_min = false, wide = true;
+  static constexpr int stored_at = 0;
 
-  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
-    scale[0] = half_at(p);
+  template <int blocks>
+  static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float*) noexcept {
+    halves_of<blocks, bytes>(p, scale);
+  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
     look_up(p + 2, iq4_table, q);
   }
 };
 
 struct IQ4_XS {
-  static constexpr int elements = 256, bytes = 136, group = 32;
+  static constexpr int elements = 256, bytes = 136, group = 32, zero = 0;
   static constexpr bool has_min = false, wide = true;
+  static constexpr int stored_at = 0;
 
-  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
-    const float d = half_at(p);
-    const int high = peek<std::uint16_t>(p + 2);
-    for (int k = 0; k < 8; ++k) {
-      const int sc = (byte_at(p, 4 + k / 2) >> (4 * (k % 2)) & 15) | (high >> (2 * k) & 3) << 4;
-      scale[k] = d * static_cast<float>(sc - 32);
-      look_up(p + 8 + 16 * k, iq4_table, q + 32 * k);
-    }
+  template <int>
+  static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float*) noexcept {
+    // Eight nibbles and eight bit pairs, moved apart.
+    std::uint64_t low = peek<std::uint32_t>(p + 4), high = peek<std::uint16_t>(p + 2);
+    low = (low | low << 16) & 0x0000ffff0000ffffu, high = (high | high << 24) & 0x000000ff000000ffu;
+    low = (low | low << 8) & 0x00ff00ff00ff00ffu, high = (high | high << 12) & 0x000f000f000f000fu;
+    low = (low | low << 4) & low_four, high = (high << 4 | high << 10) & next_two;
+    scales_of(low | high, half_at(p), 32, scale);
+  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) look_up(p + 8 + 16 * k, iq4_table, q + 32 * k);
   }
 };
 
-// FP4: twice the numbers, under half the scales.
-inline constexpr std::int8_t fp4_table[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+// FP4: 16 more than twice the numbers, under half the scales.
+inline constexpr int fp4_zero = 16;
+inline constexpr std::int8_t fp4_table[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
 
 struct MXFP4 {
-  static constexpr int elements = 32, bytes = 17, group = 32;
+  static constexpr int elements = 32, bytes = 17, group = 32, zero = fp4_zero;
   static constexpr bool has_min = false, wide = false;
+  static constexpr int stored_at = 0;
 
-  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
-    const auto e = static_cast<std::uint32_t>(p[0]);
-    scale[0] = __builtin_bit_cast(float, e < 2 ? 0x00200000u << e : (e - 1) << 23);  // 2^(e - 128)
+  template <int blocks>
+  static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float*) noexcept {
+#if defined(__AVX2__)
+    if constexpr (blocks == 8) {
+      std::uint64_t exponents = 0;
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) exponents |= static_cast<std::uint64_t>(p[i * bytes]) << (8 * i);
+      const __m256i e = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(exponents)));
+      const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+      const __m256i subnormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+      const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(scale), _mm256_blendv_epi8(normal, subnormal, small));
+      return;
+    }
+#endif
+    for (int i = 0; i < blocks; ++i) {
+      const auto e = static_cast<std::uint32_t>(p[i * bytes]);
+      scale[i] = __builtin_bit_cast(float, e < 2 ? 0x00200000u << e : (e - 1) << 23);  // 2^(e - 128)
+    }
+  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
     look_up(p + 1, fp4_table, q);
   }
 };
 
 struct NVFP4 {
-  static constexpr int elements = 64, bytes = 36, group = 16;
+  static constexpr int elements = 64, bytes = 36, group = 16, zero = fp4_zero;
   static constexpr bool has_min = false, wide = false;
+  static constexpr int stored_at = 0;
 
-  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
-    for (int k = 0; k < 4; ++k) {  // half of E4M3 without sign: bias 7 + 1
-      const auto u = static_cast<std::uint32_t>(p[k]), magnitude = u & 0x7fu;
-      const float subnormal = static_cast<float>(magnitude) * 0x1p-10f;
-      const float normal = __builtin_bit_cast(float, (magnitude << 20) + ((127u - 8u) << 23));
-      scale[k] = u == 0x7fu ? 0.0f : magnitude < 8 ? subnormal : normal;
+  template <int blocks>
+  static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float*) noexcept {
+#if defined(__AVX2__)
+    if constexpr (blocks == 4) {  // as halves they are 2^-8 times as large; the table holds twice the numbers
+      const __m128i codes = _mm_setr_epi32(peek<std::int32_t>(p), peek<std::int32_t>(p + bytes),
+                                           peek<std::int32_t>(p + 2 * bytes), peek<std::int32_t>(p + 3 * bytes));
+      const __m128i magnitudes = _mm_and_si128(codes, _mm_set1_epi8(0x7f));
+      const __m128i nan = _mm_cmpeq_epi8(codes, _mm_set1_epi8(0x7f));
+      const __m256i halves = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_andnot_si128(nan, magnitudes)), 7);
+      const __m256 first = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+      const __m256 second = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+      _mm256_storeu_ps(scale, _mm256_mul_ps(first, _mm256_set1_ps(128)));
+      _mm256_storeu_ps(scale + 8, _mm256_mul_ps(second, _mm256_set1_ps(128)));
+      return;
     }
+#endif
+    for (int b = 0; b < blocks; ++b) {
+      for (int k = 0; k < 4; ++k) {  // half of E4M3 without sign: bias 7 + 1
+        const auto u = static_cast<std::uint32_t>(p[b * bytes + k]), magnitude = u & 0x7fu;
+        const float subnormal = static_cast<float>(magnitude) * 0x1p-10f;
+        const float normal = __builtin_bit_cast(float, (magnitude << 20) + ((127u - 8u) << 23));
+        scale[4 * b + k] = u == 0x7fu ? 0.0f : magnitude < 8 ? subnormal : normal;
+      }
+    }
+  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
     look_up<false>(p + 4, fp4_table, q);
     look_up<false>(p + 20, fp4_table, q + 32);
   }
 };
 
 struct Q8_0 {
-  static constexpr int elements = 32, bytes = 34, group = 32;
+  static constexpr int elements = 32, bytes = 34, group = 32, zero = 0;
   static constexpr bool has_min = false, wide = true;
+  static constexpr int stored_at = 2;
 
-  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
-    scale[0] = half_at(p);
+  template <int blocks>
+  static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float*) noexcept {
+    halves_of<blocks, bytes>(p, scale);
+  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
     std::memcpy(q, p + 2, 32);
   }
 };
 
-// The 6-bit scales and minima of Q4_K and Q5_K: bytes sc[0..8) m[0..8), four at a time in a word.
-QWEN3NEXT_FORCE_INLINE void unpack_scales_k4(const std::byte* p, std::uint8_t* sc_m) noexcept {
-  const std::uint32_t a = peek<std::uint32_t>(p), b = peek<std::uint32_t>(p + 4), c = peek<std::uint32_t>(p + 8);
-  const std::uint32_t words[4] = {a & 0x3f3f3f3fu, (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u), b & 0x3f3f3f3fu,
-                                  ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u)};
-  std::memcpy(sc_m, words, 16);
+// The 6-bit scales and minima of Q4_K and Q5_K, eight of each, from three words.
+QWEN3NEXT_FORCE_INLINE void unpack_scales_k4(const std::byte* p, std::uint64_t& sc, std::uint64_t& m) noexcept {
+  const std::uint64_t a = peek<std::uint32_t>(p), b = peek<std::uint32_t>(p + 4), c = peek<std::uint32_t>(p + 8);
+  const std::uint64_t sc_top = (c & low_four) | (a >> 2 & next_two), m_top = (c >> 4 & low_four) | (b >> 2 & next_two);
+  sc = (a & 0x3f3f3f3fu) | sc_top << 32;
+  m = (b & 0x3f3f3f3fu) | m_top << 32;
 }
 
 template <bool five_bits>
 struct Q45_K {
-  static constexpr int elements = 256, bytes = five_bits ? 176 : 144, group = 32;
+  static constexpr int elements = 256, bytes = five_bits ? 176 : 144, group = 32, zero = 0;
   static constexpr bool has_min = true, wide = false;
+  static constexpr int stored_at = 0;
   static constexpr int qh_at = 16, qs_at = five_bits ? 48 : 16;
 
-  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float* min) noexcept {
-    const float d = half_at(p), dmin = half_at(p + 2);
-    std::uint8_t sc_m[16];
-    unpack_scales_k4(p + 4, sc_m);
+  template <int>
+  static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float* min) noexcept {
+    std::uint64_t sc, m;
+    unpack_scales_k4(p + 4, sc, m);
+    scales_of(sc, half_at(p), 0, scale);
+    scales_of(m, half_at(p + 2), 0, min);
+  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
+#pragma GCC unroll 8
     for (int k = 0; k < 8; ++k) {
-      scale[k] = d * static_cast<float>(sc_m[k]);
-      min[k] = dmin * static_cast<float>(sc_m[8 + k]);
-    }
-    for (int c = 0; c < 4; ++c) {
-      const std::byte* qs = p + qs_at + 32 * c;
-      for (int l = 0; l < 32; ++l) {
-        int low = byte_at(qs, l) & 15, high = byte_at(qs, l) >> 4;
-        if constexpr (five_bits) {
-          low |= (byte_at(p + qh_at, l) >> (2 * c) & 1) << 4;
-          high |= (byte_at(p + qh_at, l) >> (2 * c + 1) & 1) << 4;
-        }
-        q[64 * c + l] = static_cast<std::int8_t>(low);
-        q[64 * c + 32 + l] = static_cast<std::int8_t>(high);
-      }
+      const std::byte* qs = p + qs_at + 32 * (k / 2);
+      if constexpr (five_bits)
+        levels_of(qs, 4 * (k % 2), 4, p + qh_at, k, 1, q + 32 * k);
+      else
+        levels_of(qs, 4 * (k % 2), 4, q + 32 * k);
     }
   }
 };
@@ -213,71 +341,74 @@ using Q4_K = Q45_K<false>;
 using Q5_K = Q45_K<true>;
 
 struct Q6_K {
-  static constexpr int elements = 256, bytes = 210, group = 16;
+  static constexpr int elements = 256, bytes = 210, group = 16, zero = 32;
   static constexpr bool has_min = false, wide = false;
+  static constexpr int stored_at = 0;
 
-  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
-    const float d = half_at(p + 208);
-    std::int8_t sc[16];
-    std::memcpy(sc, p + 192, 16);
-    for (int g = 0; g < 16; ++g) scale[g] = d * static_cast<float>(sc[g]);
-    for (int n = 0; n < 2; ++n, q += 128) {
-      const std::byte *ql = p + 64 * n, *qh = p + 128 + 32 * n;
-      for (int l = 0; l < 32; ++l) {
-        const int a = byte_at(ql, l), b = byte_at(ql, l + 32), h = byte_at(qh, l);
-        q[l] = static_cast<std::int8_t>(((a & 15) | (h & 3) << 4) - 32);
-        q[l + 32] = static_cast<std::int8_t>(((b & 15) | (h >> 2 & 3) << 4) - 32);
-        q[l + 64] = static_cast<std::int8_t>((a >> 4 | (h >> 4 & 3) << 4) - 32);
-        q[l + 96] = static_cast<std::int8_t>((b >> 4 | (h >> 6) << 4) - 32);
-      }
+  template <int>
+  static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float*) noexcept {
+    for (int half = 0; half < 2; ++half) {  // signed: their top bit flipped, they are 128 more
+      const std::uint64_t sc = peek<std::uint64_t>(p + 192 + 8 * half) ^ 0x8080808080808080u;
+      scales_of(sc, half_at(p + 208), 128, scale + 8 * half);
+    }
+  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      const int half = k / 4, j = k % 4;
+      levels_of(p + 64 * half + 32 * (j % 2), 4 * (j / 2), 4, p + 128 + 32 * half, 2 * j, 2, q + 32 * k);
     }
   }
 };
 
 struct Q2_K {
-  static constexpr int elements = 256, bytes = 84, group = 16;
+  static constexpr int elements = 256, bytes = 84, group = 16, zero = 0;
   static constexpr bool has_min = true, wide = false;
+  static constexpr int stored_at = 0;
 
-  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float* min) noexcept {
-    const float d = half_at(p + 80), dmin = half_at(p + 82);
-    for (int g = 0; g < 16; ++g) {
-      scale[g] = d * static_cast<float>(byte_at(p, g) & 15);
-      min[g] = dmin * static_cast<float>(byte_at(p, g) >> 4);
+  template <int>
+  static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float* min) noexcept {
+    for (int half = 0; half < 2; ++half) {
+      const std::uint64_t sc_m = peek<std::uint64_t>(p + 8 * half);
+      scales_of(sc_m & low_four, half_at(p + 80), 0, scale + 8 * half);
+      scales_of(sc_m >> 4 & low_four, half_at(p + 82), 0, min + 8 * half);
     }
-    for (int n = 0; n < 2; ++n) {
-      for (int j = 0; j < 4; ++j) {
-        for (int l = 0; l < 32; ++l)
-          q[128 * n + 32 * j + l] = static_cast<std::int8_t>(byte_at(p + 16 + 32 * n, l) >> (2 * j) & 3);
-      }
-    }
+  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) levels_of(p + 16 + 32 * (k / 4), 2 * (k % 4), 2, q + 32 * k);
   }
 };
 
 struct Q3_K {
-  static constexpr int elements = 256, bytes = 110, group = 16;
+  static constexpr int elements = 256, bytes = 110, group = 16, zero = 4;
   static constexpr bool has_min = false, wide = false;
+  static constexpr int stored_at = 0;
 
-  static QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float*) noexcept {
-    const float d = half_at(p + 108);
+  template <int>
+  static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float*) noexcept {
     // Low nibbles from bytes 0..7 (low, then high nibbles), top bit pairs from bytes 8..11.
-    const std::uint32_t a = peek<std::uint32_t>(p + 96), b = peek<std::uint32_t>(p + 100),
-                        c = peek<std::uint32_t>(p + 104);
-    const std::uint32_t words[4] = {
-        (a & 0x0f0f0f0fu) | (c << 4 & 0x30303030u), (b & 0x0f0f0f0fu) | (c << 2 & 0x30303030u),
-        (a >> 4 & 0x0f0f0f0fu) | (c & 0x30303030u), (b >> 4 & 0x0f0f0f0fu) | (c >> 2 & 0x30303030u)};
-    std::uint8_t sc[16];
-    std::memcpy(sc, words, 16);
-    for (int g = 0; g < 16; ++g) scale[g] = d * static_cast<float>(sc[g] - 32);
-    for (int n = 0; n < 2; ++n) {
-      for (int j = 0; j < 4; ++j) {
-        for (int l = 0; l < 32; ++l) {
-          const int low = byte_at(p + 32 + 32 * n, l) >> (2 * j) & 3, bit = byte_at(p, l) >> (4 * n + j) & 1;
-          q[128 * n + 32 * j + l] = static_cast<std::int8_t>(low + 4 * bit - 4);
-        }
-      }
-    }
+    const std::uint64_t ab = peek<std::uint64_t>(p + 96), c = peek<std::uint32_t>(p + 104);
+    scales_of((ab & low_four) | ((c << 4 | c << 34) & next_two), half_at(p + 108), 32, scale);
+    scales_of((ab >> 4 & low_four) | ((c | c << 30) & next_two), half_at(p + 108), 32, scale + 8);
+  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) levels_of(p + 32 + 32 * (k / 4), 2 * (k % 4), 2, p, k, 1, q + 32 * k);
   }
 };
+
+// Blocks that lie one after the other.
+template <class Type, int blocks>
+QWEN3NEXT_FORCE_INLINE void unpack_levels(const std::byte* p, std::int8_t* q) noexcept {
+#pragma GCC unroll 8
+  for (int b = 0; b < blocks; ++b) Type::levels(p + b * Type::bytes, q + b * Type::elements);
+}
+template <class Type>
+QWEN3NEXT_FORCE_INLINE void unpack(const std::byte* p, std::int8_t* q, float* scale, float* min) noexcept {
+  Type::levels(p, q);
+  Type::template scales<1>(p, scale, min);
+}
 
 // A row of n weights as floats.
 template <class Type>
@@ -285,10 +416,10 @@ void dequantize_blocks(const std::byte* row, int n, float* out) noexcept {
   for (int i = 0; i < n; i += Type::elements, row += Type::bytes) {
     std::int8_t q[Type::elements];
     float scale[16], min[16] = {};
-    Type::unpack(row, q, scale, min);
+    unpack<Type>(row, q, scale, min);
     for (int g = 0; g < Type::elements / Type::group; ++g) {
       for (int j = g * Type::group; j < (g + 1) * Type::group; ++j)
-        out[i + j] = scale[g] * static_cast<float>(q[j]) - min[g];
+        out[i + j] = scale[g] * static_cast<float>(q[j] - Type::zero) - min[g];
     }
   }
 }
