@@ -199,7 +199,7 @@ class CpuBackend {
         std::copy_n(logits.row(t), E, p);
         k_->softmax(p, logits.n_cols);
         const auto slot = static_cast<std::size_t>(t) * static_cast<std::size_t>(k);
-        top_k(p, logits.n_cols, k, routing.ids.data() + slot, routing.weights.data() + slot);
+        k_->top_k(p, logits.n_cols, k, routing.ids.data() + slot, routing.weights.data() + slot);
         if (!normalise) continue;
         float sum = 0;
         for (int i = 0; i < k; ++i) sum += routing.weights[slot + static_cast<std::size_t>(i)];
@@ -246,18 +246,6 @@ class CpuBackend {
     for_rows(x, [&](int t) {
       for (int c = 0; c < x.n_cols; c += size) f(t, c);
     });
-  }
-
-  // The k largest of p[0..n), largest first: insertion into a sorted list that few get into.
-  static void top_k(const float* p, int n, int k, std::int32_t* ids, float* values) noexcept {
-    int found = 0;
-    for (int e = 0; e < n; ++e) {
-      if (found == k && !(p[e] > values[k - 1])) continue;
-      int i = found < k ? found++ : k - 1;
-      for (; i > 0 && p[e] > values[i - 1]; --i) values[i] = values[i - 1], ids[i] = ids[i - 1];
-      values[i] = p[e];
-      ids[i] = e;
-    }
   }
 
   const cpu::Kernels* k_;

@@ -86,8 +86,11 @@ inline void rope(float* head, const float* cos, const float* sin, int n) noexcep
 
 // x = softmax(x), in place.
 inline void softmax(float* x, int n) noexcept {
-  float top = x[0];
-  for (int i = 1; i < n; ++i) top = x[i] > top ? x[i] : top;
+  F tops(x[0]);
+  int whole = 0;
+  for (; whole + lanes <= n; whole += lanes) tops = xsimd::max(tops, load(x + whole));
+  float top = maximum(tops);
+  for (int i = whole; i < n; ++i) top = x[i] > top ? x[i] : top;
   F total(0.0f);
   const F shift(top);
   for_lanes(n, [&](int i, int m) {
@@ -97,6 +100,27 @@ inline void softmax(float* x, int n) noexcept {
   });
   const F scale(1 / sum(total));
   for_lanes(n, [&](int i, int m) { store_some(x + i, load_some(x + i, m) * scale, m); });
+}
+
+// The k <= n largest of p[0..n), largest first, of equal ones the lower index: insertion into a sorted list.  Few get
+// into it, so that all of a vector are asked at once whether they are larger than its last.
+inline void top_k(const float* p, int n, int k, std::int32_t* ids, float* values) noexcept {
+  auto insert = [&](int e, int last) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+    int i = last;
+    for (; i > 0 && p[e] > values[i - 1]; --i) values[i] = values[i - 1], ids[i] = ids[i - 1];
+    values[i] = p[e];
+    ids[i] = e;
+  };
+  for (int e = 0; e < k; ++e) insert(e, e);
+  auto consider = [&](int e) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+    if (p[e] > values[k - 1]) insert(e, k - 1);
+  };
+  int e = k;
+  for (; e + lanes <= n; e += lanes) {
+    unsigned larger = lanes_above(load(p + e), F(values[k - 1]));
+    for (; larger != 0; larger &= larger - 1) consider(e + __builtin_ctz(larger));
+  }
+  for (; e < n; ++e) consider(e);
 }
 
 // columns[j] = tap j of `lanes` channels; taps [channels, K], of which the last lanes - m are not there.

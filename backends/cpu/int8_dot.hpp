@@ -78,9 +78,9 @@ QWEN3NEXT_FORCE_INLINE I dot4(I acc, std::int32_t x, const std::int8_t* w) noexc
 }
 #undef QWEN3NEXT_MM
 
-// Sums of products of weights and activations (-127..127), four in every lane.  `wide`: weights of all 8 bits, else they
-// are 0..63.  x86 multiplies signed bytes with unsigned ones: w x = |w| (sign(w) x).  No sum of two saturates: at most
-// 2 * 128 * 127 = 32512.
+// Sums of products of weights and activations (-127..127), four in every lane.  `wide`: weights of all 8 bits, else
+// they are 0..63.  x86 multiplies signed bytes with unsigned ones: w x = |w| (sign(w) x).  No sum of two saturates: at
+// most 2 * 128 * 127 = 32512.
 #if defined(__AVX2__)
 template <bool wide>
 QWEN3NEXT_FORCE_INLINE __m256i dot32(const std::int8_t* w, const std::int8_t* x) noexcept {
@@ -156,8 +156,7 @@ struct RowSum {
                                   const std::int8_t* x) noexcept {
     auto four = [&](auto i) QWEN3NEXT_FORCE_INLINE_LAMBDA {
       constexpr int b = 4 * decltype(i)::value;
-      const __m256 f =
-          _mm256_mul_ps(scale.v[b / 4], _mm256_broadcast_ps(reinterpret_cast<const __m128*>(d + b)));
+      const __m256 f = _mm256_mul_ps(scale.v[b / 4], _mm256_broadcast_ps(reinterpret_cast<const __m128*>(d + b)));
       auto one = [&](int j, __m256 factors) QWEN3NEXT_FORCE_INLINE_LAMBDA {
         const __m256i products = dot32<wide>(q + stride * (b + j), x + 32 * (b + j));
         acc[j % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), factors, acc[j % 2]);

@@ -24,7 +24,7 @@ struct Soon {
   std::size_t bytes;
 };
 
-inline constexpr int max_row_tokens = 16;  // of Kernels::row_tokens
+inline constexpr int max_row_tokens = 8;  // of Kernels::row_tokens
 
 // A strip of weights for prefill holds `lanes` rows of one matrix, unpacked and interleaved; a panel holds up to
 // `max_panel` rows of activations, interleaved likewise.  See strip_product.hpp.
@@ -86,6 +86,7 @@ struct Kernels {
   void (*rope)(float* head, const float* cos, const float* sin, int n) noexcept;
   float (*sigmoid)(float x) noexcept;
   void (*softmax)(float* x, int n) noexcept;
+  void (*top_k)(const float* p, int n, int k, std::int32_t* ids, float* values) noexcept;
 
   // --- the mixers.
   // Tokens [first, first + count) of x; `past` are the K - 1 rows before token 0.  All at the first of n channels.

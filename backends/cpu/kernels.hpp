@@ -25,6 +25,7 @@
 #include "backends/cpu/row_product.hpp"
 #include "backends/cpu/row_product_avx512.hpp"
 #include "backends/cpu/simd.hpp"
+#include "backends/cpu/strip_pack_avx2.hpp"
 #include "backends/cpu/strip_pack_avx512.hpp"
 #include "backends/cpu/strip_product.hpp"
 #include "backends/cpu/strip_product_amx.hpp"
@@ -43,6 +44,8 @@ constexpr void use(Kernels& k, DType type) {
   k.row_product[i] = row_product<Type>;
 #if QWEN3NEXT_FUSED_ROWS
   k.pack_strip[i] = pack_strip_transposed<Type>;
+#elif QWEN3NEXT_TRANSPOSED_BY_8
+  k.pack_strip[i] = pack_strip_by_8<Type>;
 #else
   k.pack_strip[i] = pack_strip<Type>;
 #endif
@@ -93,6 +96,7 @@ constexpr Kernels make_table() {
   k.rope = rope;
   k.sigmoid = sigmoid_scalar;
   k.softmax = softmax;
+  k.top_k = top_k;
   k.causal_conv1d = causal_conv1d;
   k.delta_recurrent = delta_recurrent;
   k.delta_scratch = delta_scratch;

@@ -95,8 +95,7 @@ QWEN3NEXT_FORCE_INLINE void add_columns(const std::byte* p, const std::byte* con
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) {
     const auto& in = *reinterpret_cast<const PlainOperand*>(x[t] + at);
-    if constexpr (Type::has_min || Type::zero != 0)
-      sum[t].template subtract<groups>(min, in.template s<Type::group>());
+    if constexpr (Type::has_min || Type::zero != 0) sum[t].template subtract<groups>(min, in.template s<Type::group>());
     sum[t].template add<Type::group, Type::wide, (Type::stored_at > 0 ? Type::bytes : 32)>(scales, in.d, q, in.x);
   }
 }

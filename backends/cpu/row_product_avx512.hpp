@@ -152,7 +152,7 @@ void row_product(const std::byte* const* w, int rows, int n, const std::byte* co
     fused_rows<Type, decltype(count)::value>(w, rows, n, x + t, y + t * y_stride, y_stride);
   });
 }
-constexpr int row_tokens = QWEN3NEXT_TILES ? 8 : 16;  // tiles are faster
+constexpr int row_tokens = 8;
 
 #else
 
@@ -163,9 +163,15 @@ void row_product(const std::byte* const* w, int rows, int n, const std::byte* co
     plain_rows<Type, decltype(count)::value>(w, rows, n, x + t, y + t * y_stride, y_stride);
   });
 }
+#if defined(__AVX2__)
+constexpr int row_tokens = 4;
+#else
 constexpr int row_tokens = 2;
+#endif
 
-inline void make_operand(const std::byte* row, int n, std::byte* operand) noexcept { make_plain_operand(row, n, operand); }
+inline void make_operand(const std::byte* row, int n, std::byte* operand) noexcept {
+  make_plain_operand(row, n, operand);
+}
 inline std::size_t operand_bytes(int n) noexcept {
   return static_cast<std::size_t>((n + 255) / 256) * sizeof(PlainOperand);
 }

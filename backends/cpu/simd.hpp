@@ -118,6 +118,24 @@ QWEN3NEXT_FORCE_INLINE float maximum(F v) noexcept {
   return x[0];
 #endif
 }
+// Bit i: a > b in lane i.
+QWEN3NEXT_FORCE_INLINE unsigned lanes_above(F a, F b) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+#elif QWEN3NEXT_X86
+  return static_cast<unsigned>(_mm_movemask_ps(_mm_cmpgt_ps(a, b)));
+#else
+  if (!xsimd::any(a > b)) return 0;
+  alignas(64) float x[lanes], y[lanes];
+  a.store_aligned(x);
+  b.store_aligned(y);
+  unsigned bits = 0;
+  for (int i = 0; i < lanes; ++i) bits |= static_cast<unsigned>(x[i] > y[i]) << i;
+  return bits;
+#endif
+}
 // out[t] = the sum of acc[t].  Four vectors at a time: two rounds of adding their interleaved halves.
 template <int T>
 QWEN3NEXT_FORCE_INLINE void store_sums(const F* acc, float* out) noexcept {

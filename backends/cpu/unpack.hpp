@@ -299,9 +299,7 @@ struct Q8_0 {
   static QWEN3NEXT_FORCE_INLINE void scales(const std::byte* p, float* scale, float*) noexcept {
     halves_of<blocks, bytes>(p, scale);
   }
-  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept {
-    std::memcpy(q, p + 2, 32);
-  }
+  static QWEN3NEXT_FORCE_INLINE void levels(const std::byte* p, std::int8_t* q) noexcept { std::memcpy(q, p + 2, 32); }
 };
 
 // The 6-bit scales and minima of Q4_K and Q5_K, eight of each, from three words.

@@ -1,6 +1,9 @@
 // Norms, gates, rope and the router.
 // On every ISA of this machine, against the reference backend; and what holds whatever the batch.
 
+#include <algorithm>
+#include <numeric>
+
 #include "tests/ops/cpu_ops.hpp"
 
 using namespace qwen3next;
@@ -93,4 +96,40 @@ TEST_CASE("router: probabilities, ties, normalisation") {
       }
     }
   });
+}
+
+TEST_CASE("top k: the order of a stable sort, whatever the order of the values and however many are equal") {
+  for (const cpu::Level& level : tested_levels()) {
+    const std::string_view isa = level.name;
+    CAPTURE(isa);
+    Random random;
+    for (int n : {1, 2, 15, 16, 17, 64, 511, 512, 600}) {
+      for (int k : {1, 2, 10, 16, 33, n}) {
+        if (k > n) continue;
+        for (int kind = 0; kind < 5; ++kind) {
+          CAPTURE(n);
+          CAPTURE(k);
+          CAPTURE(kind);
+          std::vector<float> p(static_cast<std::size_t>(n), 0.25f);  // 0: all equal
+          for (int i = 0; i < n; ++i) {
+            float& x = p[static_cast<std::size_t>(i)];
+            if (kind == 1) x = random.normal();
+            if (kind == 2) x = static_cast<float>(random.below(3)) - 1;
+            if (kind == 3) x = static_cast<float>(i / 2);  // every one gets in, in pairs
+            if (kind == 4) x = static_cast<float>((n - i) / 2);
+          }
+          std::vector<std::int32_t> order(p.size()), ids(static_cast<std::size_t>(k), -1);
+          std::iota(order.begin(), order.end(), 0);
+          std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+            return p[static_cast<std::size_t>(a)] > p[static_cast<std::size_t>(b)];
+          });
+          order.resize(ids.size());
+          std::vector<float> values(ids.size());
+          level.kernels().top_k(p.data(), n, k, ids.data(), values.data());
+          REQUIRE(ids == order);
+          for (std::size_t i = 0; i < ids.size(); ++i) REQUIRE(values[i] == p[static_cast<std::size_t>(ids[i])]);
+        }
+      }
+    }
+  }
 }
