@@ -32,7 +32,7 @@ namespace qwen3next {
 class ExpertCache {
  public:
   static constexpr int none = -1;
-  static constexpr double half_life = 256;  // tokens; bench/RESULTS.md, "Which experts stay"
+  static constexpr double half_life = 256;     // tokens; bench/RESULTS.md, "Which experts stay"
   static constexpr double longest_pass = 512;  // tokens
 
   struct Key {
@@ -97,10 +97,12 @@ class ExpertCache {
   const ExpertProfile& picks() const noexcept { return picks_; }
 
   // How often a token picks the expert, by its score.
-  double rate(int layer, int expert) const noexcept { return scores_[index(layer, expert)] / (gain() * window); }
+  double rate(int layer, int expert) const noexcept {
+    return every_token_ > 0 ? scores_[index(layer, expert)] / every_token_ : 0;
+  }
 
  private:
-  static constexpr double window = half_life / 0.69314718055994530942;  // the score of one that every token picks
+  static constexpr double window = half_life / 0.69314718055994530942;  // the integral of 2^(-t / half_life)
   static constexpr double rescale_at = 64;                              // half-lives
 
   struct Slot {
@@ -157,6 +159,7 @@ class ExpertCache {
   std::vector<Slot> slots_;
   std::vector<int> slot_of_;    // [layers, E]
   std::vector<double> scores_;  // [layers, E], times 2^age
+  double every_token_ = 0;      // the score of an expert that every token picked
   double age_ = 0;              // half-lives since the scores were last rescaled
   ExpertProfile picks_;
 };
@@ -191,6 +194,7 @@ inline void ExpertCache::record(int layer, std::span<const std::int32_t> ids, st
   const double weighed = std::min<double>(tokens, longest_pass);
   if (layer == 0) age(weighed);
   const double each = gain() * mean_weight(weighed) * (weighed / tokens);
+  if (layer == 0) every_token_ += tokens * each;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     scores_[index(layer, ids[i])] += counts[i] * each;
     const int slot = slot_of(layer, ids[i]);
@@ -203,8 +207,8 @@ inline void ExpertCache::age(double tokens) {
   if (age_ < rescale_at) return;
   const double factor = std::exp2(-age_);
   for (double& score : scores_) score *= factor;
+  every_token_ *= factor;
   age_ = 0;
-  order();  // scores that became too small to differ are ordered by key
 }
 
 inline void ExpertCache::warm(const ExpertProfile& profile) {
@@ -214,11 +218,13 @@ inline void ExpertCache::warm(const ExpertProfile& profile) {
     tokens += static_cast<double>(profile.tokens(layer));
     picks += static_cast<double>(profile.picks(layer));
   }
+  if (picks == 0) return;
+  const double enough = experts_ * tokens / picks;  // tokens in which as many experts are picked as there are
+  every_token_ += gain() * std::min(enough, tokens / layers_);
   for (int layer = 0; layer < layers_; ++layer) {
-    const std::span<const std::int64_t> counts = profile.counts(layer);
-    if (profile.picks(layer) == 0) continue;
-    const double enough = experts_ * tokens / picks;  // tokens in which as many experts are picked as there are
+    if (profile.tokens(layer) == 0) continue;
     const double each = gain() * std::min(1.0, enough / static_cast<double>(profile.tokens(layer)));
+    const std::span<const std::int64_t> counts = profile.counts(layer);
     for (int e = 0; e < experts_; ++e) {
       scores_[index(layer, e)] += static_cast<double>(counts[static_cast<std::size_t>(e)]) * each;
     }
@@ -257,7 +263,7 @@ inline int ExpertCache::insert_if_better(int layer, int expert, double probabili
   if (c.free.empty()) {
     if (c.heap.empty()) return none;
     const double least = scores_[static_cast<std::size_t>(at(c.heap.front()).key)];
-    if (least >= std::max(scores_[index(layer, expert)], probability * window * gain())) return none;
+    if (least >= std::max(scores_[index(layer, expert)], probability * every_token_)) return none;
   }
   return insert(layer, expert);
 }

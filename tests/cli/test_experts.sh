@@ -130,6 +130,8 @@ try 1 short --trace nowhere/trace
 try 1 short --backend reference --kv f16
 says "f32"
 try 1 short --backend cuda
+try 1 short --memory 1GiB
+says "page cache"
 try 2
 try 2 short --batch 0
 
