@@ -15,7 +15,7 @@ if(QWEN3NEXT_MISSING)
 endif()
 if(QWEN3NEXT_USES_IO_URING)
   message(STATUS "Files larger than memory are read by io_uring")
-elseif(QWEN3NEXT_IO_URING AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
+elseif(QWEN3NEXT_IO_URING AND CMAKE_SYSTEM_NAME STREQUAL "Linux" AND NOT CMAKE_CROSSCOMPILING)
   message(STATUS "Files larger than memory are read by threads; for io_uring: apt-get install liburing-dev")
 endif()
 

@@ -161,16 +161,15 @@ inline DirectFile DirectFile::open(const std::filesystem::path& path, FileIdenti
 #if !defined(O_DIRECT) && defined(F_NOCACHE)
   file.direct_ = ::fcntl(file.descriptor_, F_NOCACHE, 1) == 0;
 #endif
-  if (!file.direct_) return file;
-  if (const std::size_t alignment = detail::direct_alignment(file.descriptor_)) {
+  if (const std::size_t alignment = file.direct_ ? detail::direct_alignment(file.descriptor_) : 0)
     file.alignment_ = alignment;
-    return file;
-  }
-  file.direct_ = false;
+  else
+    file.direct_ = false;
+  int now = ::fcntl(file.descriptor_, F_GETFL) & ~O_NONBLOCK;  // io_uring would not wait for the disk, either
 #if defined(O_DIRECT)
-  const int now = ::fcntl(file.descriptor_, F_GETFL);
-  if (now < 0 || ::fcntl(file.descriptor_, F_SETFL, now & ~O_DIRECT) != 0) fail("read it through the cache");
+  if (!file.direct_) now &= ~O_DIRECT;
 #endif
+  if (::fcntl(file.descriptor_, F_SETFL, now) != 0) fail("set how to read it");
   return file;
 }
 
