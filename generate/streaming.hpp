@@ -84,6 +84,14 @@ class Streaming {
                   mebibytes(fixed), ", sessions ", mebibytes(charged_), ", the fewest experts ", mebibytes(least),
                   "; give ", mebibytes(fixed + charged_ + least), " or more, or open shorter sessions");
     }
+    // Nothing is taken before it is used, so that too much would be noticed by whoever is killed for it.
+    const std::uint64_t all = std::min(memory_, fixed + charged_ + store.layout().bytes());
+    const std::optional<AvailableMemory> available = store_ ? std::nullopt : available_memory();
+    if (available && all > available->bytes) {
+      throw_error(display(checkpoint_.path), ": a budget of ", mebibytes(memory_),
+                  " is more than there is: ", available->limit, " leaves ", mebibytes(available->bytes),
+                  "; give less, or auto");
+    }
     return memory_ - fixed - charged_;
   }
   static std::string mebibytes(std::uint64_t bytes) { return concat((bytes + (1 << 20) - 1) >> 20, " MiB"); }
