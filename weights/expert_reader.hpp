@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -63,10 +62,10 @@ class ExpertReader final : public StreamedExperts {
     requests_.clear();
     {
       const std::lock_guard lock(store_.mutex_);
-      if (std::exchange(looked_ahead_, false) && layer_ > 0) {  // between tokens is the head
-        const double free = std::chrono::duration<double>(Clock::now() - looked_ahead_at_).count();
-        free_seconds_ += 0.05 * (free - free_seconds_);
-      }
+      // More ahead if the disk has nothing to do by now; less if it still has, which costs little: most guesses are
+      // right.
+      if (std::exchange(looked_ahead_, false) && layer_ > 0)  // between tokens is the head
+        at_once_ahead_ = std::clamp(at_once_ahead_ + (store_.in_flight_ == 0 ? 0.1 : -0.02), 1.0, double{most_ahead});
       store_.cache_->record(layer_, ids_, counts_, tokens);
       judge_guess();
       take_more();
@@ -116,7 +115,6 @@ class ExpertReader final : public StreamedExperts {
       if (missing <= 1 && taken_ == static_cast<int>(picks_.size()) && !std::exchange(looked_ahead_, true)) {
         requests_.clear();
         read_ahead();
-        looked_ahead_at_ = Clock::now();
         lock.unlock();
         store_.submit(requests_);
         lock.lock();
@@ -187,7 +185,7 @@ class ExpertReader final : public StreamedExperts {
     }
   }
 
-  // As much of the guess as can be read until the next layer begins: a wrong read costs little then, one more would
+  // As much of the guess as can be read until the next layer begins: a wrong read costs little then, many more would
   // delay that layer.  A pass of many tokens needs it all.
   void read_ahead() {
     Guess& guess = guesses_[(layer_ + 1) % 2];
@@ -195,12 +193,7 @@ class ExpertReader final : public StreamedExperts {
     ExpertCache& cache = *store_.cache_;
     const bool certain = guess.experts.size() == static_cast<std::size_t>(count());
     int most = std::min(most_ahead, slots_in_use(guess.layer) / 8);
-    if (!certain) {
-      const std::size_t bytes =
-          store_.layout_.slot_bytes(store_.layout_.class_of_layer()[static_cast<std::size_t>(guess.layer)]);
-      const double fit = free_seconds_ * store_.statistics_.bandwidth() / static_cast<double>(bytes);
-      most = std::min(most, static_cast<int>(std::ceil(fit)));
-    }
+    if (!certain) most = std::min(most, static_cast<int>(at_once_ahead_));
     for (const std::int32_t expert : guess.experts) {
       if (static_cast<int>(guess.missing.size()) >= most) break;
       if (cache.slot_of(guess.layer, expert) != none) continue;
@@ -259,8 +252,7 @@ class ExpertReader final : public StreamedExperts {
   Guess guesses_[2];  // of this layer and the next
   std::vector<Ahead> ahead_;
   double ahead_precision_ = 1;  // of what was missing: a mean that forgets
-  double free_seconds_ = 0;     // from then to the next layer's begin, when nothing needed is read: likewise
-  Clock::time_point looked_ahead_at_{};
+  double at_once_ahead_ = 2;    // how many are read ahead: as many as keep the disk busy until the next layer begins
 };
 
 inline std::unique_ptr<StreamedExperts> ExpertStore::reader() { return std::make_unique<ExpertReader>(*this); }
