@@ -267,7 +267,9 @@ class BackendEngine final : public Engine {
     if (streaming_) {
       charge = std::make_unique<Streaming::Charge>(*streaming_);
       charge->at_least(session_bytes(config_, kv, 1, 1));
-      std::call_once(loaded_, [&] { take(streaming_->load()); });
+      const std::lock_guard lock(loading_);
+      if (!loaded_) take(streaming_->load());
+      loaded_ = true;
     }
     return std::make_unique<BackendTimeline<B>>(make_backend_(kv), config_, weights_, kv, options.batch,
                                                 streaming_.get(), std::move(charge));
@@ -293,7 +295,8 @@ class BackendEngine final : public Engine {
   MakeBackend make_backend_;
   std::string description_;
   std::shared_ptr<Streaming> streaming_;
-  mutable std::once_flag loaded_;  // streamed weights are read for the first timeline
+  mutable std::mutex loading_;  // streamed weights are read for the first timeline
+  mutable bool loaded_ = false;
   mutable ModelWeights<B> weights_;
 };
 

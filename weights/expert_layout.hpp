@@ -32,7 +32,7 @@ class ExpertLayout {
     int count = 0;
     std::array<std::size_t, 3> data{};  // of gate, up and down, from the slot's start
     std::span<const Piece> span() const noexcept { return {pieces.data(), static_cast<std::size_t>(count)}; }
-    std::size_t bytes() const noexcept { return pieces[count - 1].into + pieces[count - 1].size; }
+    std::size_t bytes() const noexcept { return span().back().into + span().back().size; }
   };
 
   ExpertLayout(const Checkpoint& checkpoint, std::size_t alignment) : alignment_(alignment) {

@@ -286,8 +286,8 @@ inline void ExpertStore::fill_more(std::vector<ReadRequest>& requests) {
     const ExpertCache::Key key = fill_.back();
     fill_.pop_back();
     if (cache_->slot_of(key.layer, key.expert) != none) continue;
-    const int slot = cache_->insert(key.layer, key.expert);
-    if (slot == none) continue;
+    const int slot = cache_->insert_if_better(key.layer, key.expert);
+    if (slot == none) continue;  // of its layer, all that is there is worth more
     add_reads(slot, requests);
     slots_[static_cast<std::size_t>(slot)].filling = true;
     ++filling_;
