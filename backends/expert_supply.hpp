@@ -74,8 +74,10 @@ class StreamedExperts : public ExpertSupply {
   virtual bool complete() const noexcept = 0;
   // A guess, most probable first: the experts of `layer` that a later pass will pick.  Read behind what is needed now.
   virtual void expect(int layer, std::span<const std::int32_t> experts) = 0;
-  // The pass is over, or was given up: lets everything go.
+  // The layer is done, or failed: lets its experts go.
   virtual void end() noexcept = 0;
+  // No more layers will come of this pass: lets go what was read ahead for them.
+  virtual void give_up() noexcept = 0;
 };
 
 }  // namespace qwen3next

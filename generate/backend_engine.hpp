@@ -197,12 +197,13 @@ class BackendTimeline final : public Timeline {
 
   // Does `pass`; if it `may_fail` and does, the timelines are left as they were.
   template <class Pass>
-  static void guarded(Pass pass, std::span<BackendTimeline* const> timelines, bool may_fail) {
+  void guarded(Pass pass, std::span<BackendTimeline* const> timelines, bool may_fail) {
     if (!may_fail) return pass();
     for (BackendTimeline* t : timelines) t->guard_.keep(t->state_);
     try {
       pass();
     } catch (...) {
+      if constexpr (requires { be_.give_up(); }) be_.give_up();
       for (BackendTimeline* t : timelines) t->guard_.put_back(t->state_);
       throw;
     }

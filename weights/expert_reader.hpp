@@ -24,8 +24,7 @@ class ExpertReader final : public StreamedExperts {
   explicit ExpertReader(ExpertStore& store) : store_(store) {}
   ~ExpertReader() override {
     end();
-    const std::lock_guard lock(store_.mutex_);
-    release_ahead(none);
+    give_up();
   }
   ExpertReader(const ExpertReader&) = delete;
 
@@ -122,6 +121,11 @@ class ExpertReader final : public StreamedExperts {
       if (!arrived_.empty() || missing == 0) return arrived_;
       wait(lock);
     }
+  }
+
+  void give_up() noexcept override {
+    const std::lock_guard lock(store_.mutex_);
+    release_ahead(none);
   }
 
   void end() noexcept override {

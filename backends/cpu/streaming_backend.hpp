@@ -37,6 +37,9 @@ class StreamingCpuBackend : public CpuBackend {
     experts_from(*supply_, out, x, routing);
   }
 
+  // After a pass that failed or was cancelled.
+  void give_up() noexcept { supply_->give_up(); }
+
   // The input x of one layer's router, given to the next layer's: what it picks of that is a good guess, since a layer
   // changes the residual stream little.  A long pass needs nearly all experts anyway.
   void look_ahead(Tensor x, const Weight& gate, const Experts& next, int k) {

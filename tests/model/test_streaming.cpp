@@ -209,6 +209,21 @@ TEST_CASE("a long pass can be cancelled between layers, and leaves the timeline 
   }
 }
 
+TEST_CASE("sessions that were cancelled hold nothing that others wait for") {
+  const Checkpoint c = Checkpoint::open(tiny);
+  const std::vector<std::int32_t> tokens = text(c, 512);
+  const MemoryPlan wide = plan(c, 1, 1024, 512);
+  const auto engine = streamed(c, budget(c, 0.2) + 12 * (wide.session() + wide.state_copy), late);
+  std::vector<std::unique_ptr<Timeline>> cancelled;
+  for (int i = 0; i < 12; ++i) {
+    cancelled.push_back(engine->timeline({.kv = {}, .batch = 512}));
+    int layers = 0;
+    CHECK_THROWS_AS(cancelled.back()->append(tokens, [&](std::int64_t, std::int64_t) { return ++layers < 3 + i % 4; }),
+                    Cancelled);
+  }
+  CHECK(all_logits(*engine, c) == all_logits(*resident(c), c));
+}
+
 TEST_CASE("a budget is kept: too small is said with what it takes, a growing session takes slots from the experts") {
   const Checkpoint c = Checkpoint::open(tiny);
   const MemoryPlan least = plan(c, 1);
