@@ -116,9 +116,6 @@ void print_experts_json(const RoutingResults& r, const Model& model) {
 }
 
 void experts(ExpertsOptions o) {
-  if (o.model.memory != "auto") {
-    throw Error("--memory " + o.model.memory + ": experts reads weights through the system's page cache; leave it out");
-  }
   const Model model = open_model(o.model);
   const Config& c = model.config();
   if (o.model.backend == "reference" && !o.model.kv.empty() && o.model.kv != "f32") {

@@ -3,10 +3,13 @@
 #include <list>
 
 #include "backends/cpu/cpu_backend.hpp"
+#include "backends/cpu/streaming_backend.hpp"
 #include "backends/observed_routing.hpp"
 #include "backends/reference/reference_backend.hpp"
 #include "cli/experts.hpp"
 #include "cli/progress.hpp"
+#include "generate/backend_engine.hpp"
+#include "generate/streaming.hpp"
 #include "model/forward.hpp"
 #include "model/mtp.hpp"
 #include "weights/atomic_file.hpp"
@@ -116,12 +119,12 @@ class Collector {
 // Windows of the text one after the other, several in a pass where they are short, and long ones in several passes. The
 // last token is only the one that comes next, for the MTP layer.
 template <BackendOps Base>
-RoutingResults observe_on(Base base, const Model& model, std::span<const std::int32_t> tokens,
-                          const ExpertsOptions& o) {
+RoutingResults observe_on(Base base, const Model& model, const ModelWeights<Views>& views,
+                          std::span<const std::int32_t> tokens, const ExpertsOptions& o) {
   using B = ObservedRouting<Base>;
   const Config& c = model.config();
   ModelWeights<B> weights;
-  zip(model.checkpoint().weights, weights, [](const auto& view, auto& mine) { mine = view; });
+  take_weights<B>(views, weights);
 
   const auto total = static_cast<std::int64_t>(tokens.size()) - 1;
   Collector collector(c, total, o.trace);
@@ -169,10 +172,19 @@ RoutingResults observe_on(Base base, const Model& model, std::span<const std::in
 }  // namespace
 
 RoutingResults observe_routing(const Model& model, std::span<const std::int32_t> tokens, const ExpertsOptions& o) {
-  if (o.model.backend == "reference") return observe_on(ReferenceBackend(), model, tokens, o);
+  const Checkpoint& checkpoint = model.checkpoint();
+  if (o.model.backend == "reference") return observe_on(ReferenceBackend(), model, checkpoint.weights, tokens, o);
   CpuOptions cpu = resolve_cpu_options(o.model.isa, o.model.threads);
   cpu.kv = kv_type(o.model.kv).value_or(KvType::f16);
-  return observe_on(CpuBackend(cpu), model, tokens, o);
+  const MemoryPlan plan = model.plan({.context = o.model.context, .kv = cpu.kv, .batch = o.model.batch});
+  if (!plan.streamed()) return observe_on(CpuBackend(cpu), model, checkpoint.weights, tokens, o);
+  Streaming streaming(checkpoint, plan.budget, file_path(o.model.expert_profile));
+  Streaming::Charge charge(streaming);
+  const auto windows =
+      std::min<std::uint64_t>(most_windows, tokens.size() / static_cast<std::size_t>(o.model.context) + 1);
+  charge.at_least(plan.scratch + (windows + 1) * (plan.kv_cache + plan.delta_state));
+  const ModelWeights<Views> views = streaming.load();
+  return observe_on(StreamingCpuBackend(cpu, streaming.reader()), model, views, tokens, o);
 }
 
 }  // namespace qwen3next::cli

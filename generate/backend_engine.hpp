@@ -248,6 +248,17 @@ class BackendTimeline final : public Timeline {
   std::vector<SequenceRows<B>> sequences_;
 };
 
+// Views of the files, or of where they were read to, as a backend holds them; experts that are streamed learn which
+// layer they belong to, the MTP layer being the last.
+template <BackendOps B>
+void take_weights(const ModelWeights<Views>& views, ModelWeights<B>& mine) {
+  zip(views, mine, [](const auto& view, auto& weight) { weight = view; });
+  if constexpr (requires(typename B::Experts experts) { experts.layer; }) {
+    for (std::size_t i = 0; i < mine.layers.size(); ++i) mine.layers[i].mlp.experts.layer = static_cast<int>(i);
+    if (mine.mtp) mine.mtp->layer.mlp.experts.layer = static_cast<int>(mine.layers.size());
+  }
+}
+
 // `make_backend(KvType)` gives each timeline a backend instance of its own.
 template <BackendOps B, class MakeBackend>
 class BackendEngine final : public Engine {
@@ -259,7 +270,7 @@ class BackendEngine final : public Engine {
         make_backend_(std::move(make_backend)),
         description_(std::move(description)),
         streaming_(std::move(streaming)) {
-    if (!streaming_) take(views);
+    if (!streaming_) take_weights<B>(views, weights_);
   }
   std::unique_ptr<Timeline> timeline(const TimelineOptions& options) const override {
     if (options.batch < 1) throw Error("batch is " + std::to_string(options.batch) + ", expected at least 1");
@@ -269,7 +280,7 @@ class BackendEngine final : public Engine {
       charge = std::make_unique<Streaming::Charge>(*streaming_);
       charge->at_least(session_bytes(config_, kv, 1, 1));
       const std::lock_guard lock(loading_);
-      if (!loaded_) take(streaming_->load());
+      if (!loaded_) take_weights<B>(streaming_->load(), weights_);
       loaded_ = true;
     }
     return std::make_unique<BackendTimeline<B>>(make_backend_(kv), config_, weights_, kv, options.batch,
@@ -282,15 +293,6 @@ class BackendEngine final : public Engine {
   }
 
  private:
-  void take(const ModelWeights<Views>& views) const {
-    zip(views, weights_, [](const auto& view, auto& mine) { mine = view; });
-    if constexpr (requires(typename B::Experts e) { e.layer; }) {
-      for (std::size_t i = 0; i < weights_.layers.size(); ++i)
-        weights_.layers[i].mlp.experts.layer = static_cast<int>(i);
-      if (weights_.mtp) weights_.mtp->layer.mlp.experts.layer = static_cast<int>(weights_.layers.size());
-    }
-  }
-
   Config config_;
   KvType default_kv_;
   MakeBackend make_backend_;
