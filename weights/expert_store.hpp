@@ -52,6 +52,11 @@ class ExpertStore {
         layout_(checkpoint, alignment_of(files_)),
         dense_(checkpoint, layout_, alignment_of(files_)),
         make_queue_(std::move(make_queue)) {}
+  ~ExpertStore() {
+    const std::lock_guard lock(mutex_);
+    fill_.clear();  // a queue that is going away takes no more reads
+  }
+  ExpertStore(const ExpertStore&) = delete;
 
   const ExpertLayout& layout() const noexcept { return layout_; }
   std::uint64_t dense_bytes() const noexcept { return dense_.bytes(); }

@@ -177,6 +177,31 @@ TEST_CASE("a read that fails is an error that says where; the timeline is as bef
   CHECK(failed >= 3);
 }
 
+TEST_CASE("a model can be closed while its cache is still being filled by a profile") {
+  const test::TempFolder folder;
+  const Checkpoint c = Checkpoint::open(tiny);
+  ExpertProfile profile(c.config.num_hidden_layers + 1, c.config.num_experts);
+  const std::vector<std::int32_t> ids = [&] {
+    std::vector<std::int32_t> all(static_cast<std::size_t>(c.config.num_experts));
+    for (std::size_t i = 0; i < all.size(); ++i) all[i] = static_cast<std::int32_t>(i);
+    return all;
+  }();
+  const std::vector<std::int32_t> once(ids.size(), 1);
+  for (int layer = 0; layer <= c.config.num_hidden_layers; ++layer) profile.add(layer, ids, once, 8);
+  profile.save(folder / "profile");
+  for (const MakeQueue& queue : {threads, late, MakeQueue()}) {
+    for (int again = 0; again < 5; ++again) {
+      const auto engine =
+          make_engine(c.config, c.weights,
+                      {.backend = Backend::cpu,
+                       .threads = 1,
+                       .streaming = std::make_shared<Streaming>(c, budget(c, 0.9), folder / "profile", queue)});
+      const auto timeline = engine->timeline({.kv = {}, .batch = 64});
+      CHECK(engine->expert_statistics()->slots > 200);
+    }
+  }
+}
+
 TEST_CASE("a file that lost its end is an error, not a crash") {
   const test::TempFolder folder;
   const auto path = folder.path() / "copy.gguf";
