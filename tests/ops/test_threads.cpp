@@ -5,7 +5,6 @@
 #include <atomic>
 #include <chrono>
 #include <filesystem>
-#include <fstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -15,6 +14,7 @@
 #include "tests/support/temp_folder.hpp"
 
 using namespace qwen3next;
+using test::write_file;
 
 TEST_CASE("every share of every job is done once, however many threads") {
   for (const int threads : {1, 2, 3, 8, 64}) {
@@ -70,15 +70,6 @@ TEST_CASE("a job in a job is done") {
   CHECK(inner == 4);
 }
 
-namespace {
-
-void write(const std::filesystem::path& file, const std::string& text) {
-  std::filesystem::create_directories(file.parent_path());
-  std::ofstream(file) << text;
-}
-
-}  // namespace
-
 TEST_CASE("quotas of control groups") {
   const test::TempFolder folder;
   const std::filesystem::path root = folder.path();
@@ -86,43 +77,43 @@ TEST_CASE("quotas of control groups") {
   CHECK(!cgroup_quota(root));  // no such system
 
   SUBCASE("version 2: the least of a group and those above it") {
-    write(proc / "cgroup", "0::/a/b\n");
-    write(proc / "mountinfo",
-          "25 1 0:22 / /proc rw - proc proc rw\n30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
+    write_file(proc / "cgroup", "0::/a/b\n");
+    write_file(proc / "mountinfo",
+               "25 1 0:22 / /proc rw - proc proc rw\n30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
     CHECK(!cgroup_quota(root));
-    write(fs / "a/b/cpu.max", "max 100000\n");
+    write_file(fs / "a/b/cpu.max", "max 100000\n");
     CHECK(!cgroup_quota(root));
-    write(fs / "a/b/cpu.max", "350000 100000\n");
+    write_file(fs / "a/b/cpu.max", "350000 100000\n");
     CHECK(cgroup_quota(root) == 3.5);
-    write(fs / "a/cpu.max", "100000 50000\n");
+    write_file(fs / "a/cpu.max", "100000 50000\n");
     CHECK(cgroup_quota(root) == 2);
   }
   SUBCASE("version 2 in a container: the group is the root") {
-    write(proc / "cgroup", "0::/\n");
-    write(proc / "mountinfo", "30 23 0:26 / /sys/fs/cgroup ro - cgroup2 cgroup rw\n");
-    write(fs / "cpu.max", "150000 100000\n");
+    write_file(proc / "cgroup", "0::/\n");
+    write_file(proc / "mountinfo", "30 23 0:26 / /sys/fs/cgroup ro - cgroup2 cgroup rw\n");
+    write_file(fs / "cpu.max", "150000 100000\n");
     CHECK(cgroup_quota(root) == 1.5);
   }
   SUBCASE("version 1: the path is the host's, the mount shows its end") {
-    write(proc / "cgroup", "12:memory:/docker/x\n4:cpu,cpuacct:/docker/x/y\n0::/ignored\n");
-    write(proc / "mountinfo",
-          "31 23 0:27 /docker/x /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
-          "32 23 0:28 /docker/x /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n");
-    write(fs / "memory/cpu.cfs_quota_us", "1\n");
-    write(fs / "cpu,cpuacct/cpu.cfs_quota_us", "400000\n");
-    write(fs / "cpu,cpuacct/cpu.cfs_period_us", "100000\n");
+    write_file(proc / "cgroup", "12:memory:/docker/x\n4:cpu,cpuacct:/docker/x/y\n0::/ignored\n");
+    write_file(proc / "mountinfo",
+               "31 23 0:27 /docker/x /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+               "32 23 0:28 /docker/x /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n");
+    write_file(fs / "memory/cpu.cfs_quota_us", "1\n");
+    write_file(fs / "cpu,cpuacct/cpu.cfs_quota_us", "400000\n");
+    write_file(fs / "cpu,cpuacct/cpu.cfs_period_us", "100000\n");
     CHECK(cgroup_quota(root) == 4);
-    write(fs / "cpu,cpuacct/y/cpu.cfs_quota_us", "-1\n");
-    write(fs / "cpu,cpuacct/y/cpu.cfs_period_us", "100000\n");
+    write_file(fs / "cpu,cpuacct/y/cpu.cfs_quota_us", "-1\n");
+    write_file(fs / "cpu,cpuacct/y/cpu.cfs_period_us", "100000\n");
     CHECK(cgroup_quota(root) == 4);
-    write(fs / "cpu,cpuacct/y/cpu.cfs_quota_us", "50000\n");
+    write_file(fs / "cpu,cpuacct/y/cpu.cfs_quota_us", "50000\n");
     CHECK(cgroup_quota(root) == 0.5);
   }
   SUBCASE("nonsense is no quota") {
-    write(proc / "cgroup", "0\n:::\n0::/../../x\n\xff\n");
-    write(proc / "mountinfo", "- \n30 - cgroup2\n30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
+    write_file(proc / "cgroup", "0\n:::\n0::/../../x\n\xff\n");
+    write_file(proc / "mountinfo", "- \n30 - cgroup2\n30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
     for (const char* text : {"", "x y\n", "0 100000\n", "100000 0\n", "-5 100000\n", "nan 1\n", "100000\n"}) {
-      write(fs / "cpu.max", text);
+      write_file(fs / "cpu.max", text);
       CHECK(!cgroup_quota(root));
     }
   }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <filesystem>
+#include <fstream>
 #include <random>
 #include <string>
 #include <system_error>
@@ -34,5 +35,11 @@ class TempFolder {
   std::filesystem::path path_;
   mutable int used_ = 0;
 };
+
+// A file, with the folders above it.
+inline void write_file(const std::filesystem::path& file, const std::string& text) {
+  std::filesystem::create_directories(file.parent_path());
+  std::ofstream(file) << text;
+}
 
 }  // namespace qwen3next::test

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <string>
 
 #include "backends/aligned_bytes.hpp"
@@ -16,16 +15,8 @@
 #include <unistd.h>
 #endif
 
-namespace {
-
 using namespace qwen3next;
-
-void write(const std::filesystem::path& file, const std::string& text) {
-  std::filesystem::create_directories(file.parent_path());
-  std::ofstream(file) << text;
-}
-
-}  // namespace
+using test::write_file;
 
 TEST_CASE("available memory") {
   const test::TempFolder folder;
@@ -36,71 +27,71 @@ TEST_CASE("available memory") {
 #if !defined(_WIN32)               // it has a way of its own
   CHECK(!available_memory(root));  // no such system
 #endif
-  write(proc / "meminfo",
-        "MemTotal:       24000 kB\nMemFree:         100 kB\nMemAvailable:   20000 kB\nBuffers: 1 kB\n");
+  write_file(proc / "meminfo",
+             "MemTotal:       24000 kB\nMemFree:         100 kB\nMemAvailable:   20000 kB\nBuffers: 1 kB\n");
   CHECK(bytes() == 20000 * 1024);
   CHECK(limit() == "free memory");
 
   SUBCASE("version 2: the least of a group and those above it") {
-    write(proc / "self/cgroup", "0::/a/b\n");
-    write(proc / "self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
+    write_file(proc / "self/cgroup", "0::/a/b\n");
+    write_file(proc / "self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
     CHECK(limit() == "free memory");
-    write(fs / "a/b/memory.max", "max\n");
-    write(fs / "a/b/memory.current", "3000000\n");
+    write_file(fs / "a/b/memory.max", "max\n");
+    write_file(fs / "a/b/memory.current", "3000000\n");
     CHECK(limit() == "free memory");
-    write(fs / "a/b/memory.max", "10000000\n");
+    write_file(fs / "a/b/memory.max", "10000000\n");
     CHECK(bytes() == 7000000);
     CHECK(limit() == "control group limit");
     // Files that lie in the cache are given up, unless they are used or dirty.
-    write(fs / "a/b/memory.stat",
-          "anon 1\nfile 2500000\nactive_file 500000\ninactive_file 2000000\ninactive_file_x 7\n");
+    write_file(fs / "a/b/memory.stat",
+               "anon 1\nfile 2500000\nactive_file 500000\ninactive_file 2000000\ninactive_file_x 7\n");
     CHECK(bytes() == 9000000);
-    write(fs / "a/memory.max", "8000000\n");
+    write_file(fs / "a/memory.max", "8000000\n");
     CHECK(bytes() == 9000000);  // a limit without use is no group
-    write(fs / "a/memory.current", "5000000\n");
+    write_file(fs / "a/memory.current", "5000000\n");
     CHECK(bytes() == 3000000);
-    write(fs / "a/memory.high", "6000000\n");
+    write_file(fs / "a/memory.high", "6000000\n");
     CHECK(bytes() == 1000000);
-    write(fs / "a/memory.high", "4000000\n");
+    write_file(fs / "a/memory.high", "4000000\n");
     CHECK(bytes() == 0);
-    write(fs / "a/memory.high", "max\n");
+    write_file(fs / "a/memory.high", "max\n");
     CHECK(bytes() == 3000000);
-    write(proc / "meminfo", "MemAvailable: 2000 kB\n");
+    write_file(proc / "meminfo", "MemAvailable: 2000 kB\n");
     CHECK(bytes() == 2000 * 1024);
     CHECK(limit() == "free memory");
   }
   SUBCASE("version 1, in a container beside other controllers") {
-    write(proc / "self/cgroup", "12:memory:/docker/x/y\n4:cpu,cpuacct:/docker/x\n0::/\n");
-    write(proc / "self/mountinfo",
-          "31 23 0:27 /docker/x /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
-          "32 23 0:28 /docker/x /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n");
-    write(fs / "memory/memory.limit_in_bytes", "9223372036854771712\n");
-    write(fs / "memory/memory.usage_in_bytes", "4000000\n");
-    write(fs / "cpu,cpuacct/memory.limit_in_bytes", "1\n");
-    write(fs / "cpu,cpuacct/memory.usage_in_bytes", "0\n");
+    write_file(proc / "self/cgroup", "12:memory:/docker/x/y\n4:cpu,cpuacct:/docker/x\n0::/\n");
+    write_file(proc / "self/mountinfo",
+               "31 23 0:27 /docker/x /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+               "32 23 0:28 /docker/x /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n");
+    write_file(fs / "memory/memory.limit_in_bytes", "9223372036854771712\n");
+    write_file(fs / "memory/memory.usage_in_bytes", "4000000\n");
+    write_file(fs / "cpu,cpuacct/memory.limit_in_bytes", "1\n");
+    write_file(fs / "cpu,cpuacct/memory.usage_in_bytes", "0\n");
     CHECK(limit() == "free memory");
-    write(fs / "memory/memory.limit_in_bytes", "5000000\n");
+    write_file(fs / "memory/memory.limit_in_bytes", "5000000\n");
     CHECK(bytes() == 1000000);
-    write(fs / "memory/memory.stat", "inactive_file 1\ntotal_inactive_file 300000\n");
+    write_file(fs / "memory/memory.stat", "inactive_file 1\ntotal_inactive_file 300000\n");
     CHECK(bytes() == 1300000);
-    write(fs / "memory/y/memory.limit_in_bytes", "500000\n");
-    write(fs / "memory/y/memory.usage_in_bytes", "100000\n");
-    write(fs / "memory/y/memory.stat", "total_inactive_file 100000000\n");  // more than there is in use
+    write_file(fs / "memory/y/memory.limit_in_bytes", "500000\n");
+    write_file(fs / "memory/y/memory.usage_in_bytes", "100000\n");
+    write_file(fs / "memory/y/memory.stat", "total_inactive_file 100000000\n");  // more than there is in use
     CHECK(bytes() == 500000);
     CHECK(limit() == "control group limit");
   }
   SUBCASE("nonsense is no limit") {
-    write(proc / "self/cgroup", "0::/../x\n");
-    write(proc / "self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
-    write(fs / "memory.current", "1\n");
+    write_file(proc / "self/cgroup", "0::/../x\n");
+    write_file(proc / "self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
+    write_file(fs / "memory.current", "1\n");
     for (const char* text : {"", "-5\n", "x\n", "99999999999999999999999\n"}) {
-      write(fs / "memory.max", text);
+      write_file(fs / "memory.max", text);
       CHECK(limit() == "free memory");
     }
-    write(proc / "meminfo", "MemAvailable: 99999999999999999 kB\n");
+    write_file(proc / "meminfo", "MemAvailable: 99999999999999999 kB\n");
     CHECK(bytes() == UINT64_MAX / 1024 * 1024);
 #if !defined(_WIN32)
-    write(proc / "meminfo", "MemAvailable:\nMemAvailable: x kB\n\n:\n");
+    write_file(proc / "meminfo", "MemAvailable:\nMemAvailable: x kB\n\n:\n");
     CHECK(!available_memory(root));
 #endif
   }
