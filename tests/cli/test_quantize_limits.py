@@ -14,22 +14,13 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 
-PROGRAM, SOURCE = map(os.path.abspath, sys.argv[1:3])
-TINY = os.path.join(SOURCE, "weights/tiny/qwen3next-tiny.gguf")
+from checking import PROGRAM, TINY, check, finish
+
 PART = ".quantize.part"
 H, V, EXPERTS, WIDTH = 2048, 1024, 160, 512
-failures = 0
-
-
-def check(what, good, more=""):
-    global failures
-    if not good:
-        failures += 1
-        print(f"FAILED: {what}\n  {more}")
 
 
 def sparse_model(folder):
@@ -178,5 +169,4 @@ with tempfile.TemporaryDirectory() as name:
     killed(work, root / "model")
     places(work)
     shrinking(work, root / "model")
-print("FAILED" if failures else "all good")
-sys.exit(failures > 0)
+finish()

@@ -7,20 +7,11 @@
 import json
 import os
 import subprocess
-import sys
 import tempfile
 
-PROGRAM, SOURCE = map(os.path.abspath, sys.argv[1:3])
-TINY = os.path.join(SOURCE, "weights/tiny/qwen3next-tiny.gguf")
+from checking import PROGRAM, TINY, check, finish
+
 MIB = 1 << 20
-failures = 0
-
-
-def check(what, good, more=""):
-    global failures
-    if not good:
-        failures += 1
-        print(f"FAILED: {what}\n  {more}")
 
 
 def run(*args):
@@ -88,4 +79,4 @@ with tempfile.TemporaryDirectory() as folder:
     results = json.loads(out)["results"] if status == 0 else []
     check("bench", len(results) == 2 and all("percent_of_disk" in r for r in results), out + err)
 
-sys.exit(1 if failures else 0)
+finish()
