@@ -123,6 +123,16 @@ inline void add_session_options(CLI::App& command, ModelOptions& o) {
       ->group("Computing");
 }
 
+// The same for a command that reads a text in windows, each as if nothing were before it.
+inline void add_window_options(CLI::App& command, ModelOptions& o, bool& quiet) {
+  add_session_options(command, o);
+  command.get_option("--ctx")->description("Tokens of a window [2048, or the model's length if that is less]");
+  command.add_flag("-q,--quiet", quiet, "No progress on stderr");
+}
+inline std::int64_t window_length(const ModelOptions& o, const Config& c) {
+  return o.context ? o.context : std::min<std::int64_t>(2048, c.max_position_embeddings);
+}
+
 inline void add_mtp_option(CLI::App& command, ModelOptions& o) {
   command.add_option("--mtp", o.mtp, "Tokens drafted by the MTP head; auto and 0 mean none: it is not used yet")
       ->option_text("N [auto]")

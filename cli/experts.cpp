@@ -121,7 +121,7 @@ void experts(ExpertsOptions o) {
   if (o.model.backend == "reference" && !o.model.kv.empty() && o.model.kv != "f32") {
     throw Error("--kv " + o.model.kv + ": the reference backend keeps its KV cache in f32; leave it out, or use cpu");
   }
-  if (o.model.context == 0) o.model.context = std::min<std::int64_t>(2048, c.max_position_embeddings);
+  o.model.context = window_length(o.model, c);
   if (o.model.context > c.max_position_embeddings) {
     throw Error("--ctx " + std::to_string(o.model.context) + ": the model's length is " +
                 std::to_string(c.max_position_embeddings) + " tokens; --yarn extends it");
@@ -155,9 +155,7 @@ void add_experts(CLI::App& app) {
   command.add_option("--trace", o->trace, "Write every pick, token by token, to simulate caches with")
       ->option_text("TRACE");
   command.add_flag("--json", o->json, "JSON instead of tables");
-  add_session_options(command, o->model);
-  command.get_option("--ctx")->description("Tokens of a window [2048, or the model's length if that is less]");
-  command.add_flag("-q,--quiet", o->quiet, "No progress on stderr");
+  add_window_options(command, o->model, o->quiet);
   add_example(
       command,
       "qwen3next experts model.gguf chats.txt --save chats.profile\n\n"

@@ -29,7 +29,7 @@ void perplexity(const PerplexityOptions& o) {
   const std::vector<std::int32_t> tokens = model.tokenizer().encode(read_text(o.file, "a text"));
   if (tokens.size() < 2) throw Error(o.file + ": too short, expected a text of at least two tokens");
   SessionOptions options = session_options(o.model);
-  if (options.context == 0) options.context = std::min<std::int64_t>(2048, model.config().max_position_embeddings);
+  options.context = window_length(o.model, model.config());
   if (options.context < 2) throw Error("--ctx is 1: a window needs at least two tokens");
   Session session = model.session(options);
 
@@ -73,9 +73,7 @@ void add_perplexity(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("perplexity", "Measure how well the model foresees a text");
   add_model_options(command, o->model);
   command.add_option("FILE", o->file, "The text; '-' is standard input")->required()->option_text(" ");
-  add_session_options(command, o->model);
-  command.get_option("--ctx")->description("Tokens of a window [2048, or the model's length if that is less]");
-  command.add_flag("-q,--quiet", o->quiet, "No progress on stderr");
+  add_window_options(command, o->model, o->quiet);
   add_example(
       command,
       "qwen3next perplexity model.gguf text.txt --ctx 4096\n\n"
