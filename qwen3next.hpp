@@ -22,9 +22,8 @@
 //
 // Compile-time switches, the same in every file of a program:
 //   QWEN3NEXT_COMPILED    the engine is compiled elsewhere, this header declares it: in the library that you link
-//   (CMake
-//                         target qwen3next::qwen3next, pkg-config qwen3next; kernels for every machine, best first) or
-//                         in the one file of yours that defines QWEN3NEXT_LIBRARY, too, before it includes this
+//                         (CMake target qwen3next::qwen3next, pkg-config qwen3next; kernels for every machine, best
+//                         first) or in the one file of yours that defines QWEN3NEXT_LIBRARY, too, before this header
 //   QWEN3NEXT_QUANTIZE    quantize() and calibrate() as well, which write GGUFs
 //   QWEN3NEXT_REFERENCE   the reference backend as well (needs Eigen; the library has it)
 //   QWEN3NEXT_MULTI_ISA   kernels for every machine without the library: compile this header itself once for each ISA,

@@ -100,8 +100,7 @@ QWEN3NEXT_INLINE std::vector<std::int32_t> Model::stop_tokens() const {
   return stop;
 }
 
-// --- Session: tokens
-// --------------------------------------------------------------------------------------------------
+// --- Session: tokens -------------------------------------------------------------------------------------------------
 
 QWEN3NEXT_INLINE void Session::check_room(std::size_t count) const {
   if (static_cast<std::int64_t>(tokens_.size() + count) > context_) {

@@ -49,7 +49,8 @@ class Streaming {
     std::uint64_t bytes_ = 0;
   };
 
-  // Reads the dense weights and points `weights` to them, when first called; once the first session is charged.
+  // Reads the dense weights, and gives the weights with these where they are now.  Once, when the first session is
+  // charged; again only after it threw.
   ModelWeights<Views> load() {
     const std::lock_guard lock(mutex_);
     ModelWeights<Views> weights = checkpoint_.weights;

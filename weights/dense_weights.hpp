@@ -57,7 +57,6 @@ class DenseWeights {
   }
 
   std::uint64_t bytes() const noexcept { return bytes_; }
-  bool locked() const noexcept { return locked_; }
 
   // What is to be read, into `memory()`.
   std::span<const ExpertLayout::Piece> pieces() const noexcept { return pieces_; }
@@ -67,7 +66,7 @@ class DenseWeights {
         AlignedBytes(std::max(static_cast<std::size_t>(bytes_), AlignedBytes::large_page), AlignedBytes::Uncleared());
   }
   std::byte* memory() noexcept { return memory_.data(); }
-  void lock() noexcept { locked_ = memory_.lock(); }
+  void lock() noexcept { memory_.lock(); }  // where the system allows it
 
   // Points everything but the experts' matrices from the mapped files to the copy.
   void adopt(ModelWeights<Views>& weights) const {
@@ -121,7 +120,6 @@ class DenseWeights {
   std::vector<ExpertLayout::Piece> pieces_;
   std::uint64_t bytes_ = 0;
   AlignedBytes memory_;
-  bool locked_ = false;
 };
 
 }  // namespace qwen3next

@@ -213,8 +213,7 @@ inline void ExpertStore::read_dense() {
   throw Error(read_error(files_[static_cast<std::size_t>(bad.file)], bad.offset, bad.size, dense_error_));
 }
 
-// --- the books
-// --------------------------------------------------------------------------------------------------------
+// --- the books -------------------------------------------------------------------------------------------------------
 
 inline void ExpertStore::pass_time() {
   const Clock::time_point now = Clock::now();
