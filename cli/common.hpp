@@ -59,10 +59,15 @@ inline CLI::Option* add_yarn_option(CLI::App& command, double& factor) {
 inline std::optional<std::uint64_t> memory_size(const std::string& text) {
   if (text == "auto") return {};
   std::string number = text;
-  const std::string wrong = CLI::AsSizeValue(true)(number);
   std::uint64_t bytes = 0;
+  bool good = true;
+  try {
+    good = CLI::AsSizeValue(true)(number).empty();
+  } catch (const CLI::ValidationError&) {  // a unit that it does not know
+    good = false;
+  }
   const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), bytes);
-  if (!wrong.empty() || error != std::errc() || end != number.data() + number.size() || bytes == 0)
+  if (!good || error != std::errc() || end != number.data() + number.size() || bytes == 0)
     throw CLI::ValidationError("--memory " + text, "expected auto, or a size as 20GiB, 20GB or 500MiB");
   return bytes;
 }
