@@ -234,6 +234,7 @@ int main(int argc, char** argv) {
     add("attention_batch8/depth:32768/" + name, [=](State& s) { attention(s, kv, 32768, 1, 8); });
     add("attention_prefill512/depth:0/" + name, [=](State& s) { attention(s, kv, 0, 512); });
     add("attention_prefill512/depth:32768/" + name, [=](State& s) { attention(s, kv, 32768, 512); });
+    add("attention_prefill512/depth:131072/" + name, [=](State& s) { attention(s, kv, 131072, 512); });
   }
   benchmark::Initialize(&argc, argv);
   benchmark::RunSpecifiedBenchmarks();

@@ -4,7 +4,8 @@
 //   m' = max(m, max s)   l' = l exp(m - m') + sum exp(s - m')   o' = o exp(m - m') + exp(s - m') V;   out = o / l
 //
 // The query heads of one KV head, for several tokens, are the rows of one piece of work, so that keys and values are
-// read once for all of them.  Few tokens: the context is split into pieces of fixed length, merged in order.
+// read once for all of them.  Few tokens: the context is split into pieces whose length its own length decides, merged
+// in order, and each token does what it does alone, block by block in turns: its result is the same bit for bit.
 
 #include <algorithm>
 #include <cmath>
@@ -27,7 +28,8 @@ class Attention {
     std::int64_t positions = 0;
     for (const Work& w : work_) {
       const DType type = stored_type(segments[static_cast<std::size_t>(w.segment)].state->type());
-      floats = std::max(floats, k.attention_space(w.rows(), D, block, type));
+      const auto parts = static_cast<std::size_t>(w.parts());
+      floats = std::max(floats, parts * k.attention_space(w.rows() / w.parts(), D, block, type));
       positions += (w.last - w.first) * block * w.rows();
     }
     spaces_ = space_scratch_.pieces(static_cast<std::size_t>(team.size()), floats * sizeof(float));
@@ -43,7 +45,7 @@ class Attention {
  private:
   static constexpr int block = HostKvCache::block_positions;
   static constexpr int max_rows = 64;     // queries (tokens x heads of a group) of a piece of work
-  static constexpr int few_tokens = 8;    // up to here the context is split
+  static constexpr int few_tokens = 8;    // up to here the context is split, and tokens are apart
   static constexpr int split_blocks = 8;  // into pieces of at least 2048 positions,
   static constexpr int max_splits = 64;   // and at most 64 of them
 
@@ -51,10 +53,12 @@ class Attention {
   // blocks [first, last).
   struct Work {
     int segment, kv_head, head, heads, token, count;
+    bool apart;  // each token's rows have a softmax of their own, or all have one
     std::int64_t first, last;
     int partial;  // -1: the whole context, straight to `out`
     int splits;   // of the same rows: this one and those after it, 0 unless the first
     int rows() const noexcept { return count * heads; }
+    int parts() const noexcept { return apart ? count : 1; }
     // Row r is a token and a head of it: where that is in q and in out.
     float* of(const HostTensor& x, int begin, int r, int D) const noexcept {
       return x.row(begin + token + r / heads) + (head + r % heads) * D;
@@ -88,15 +92,17 @@ class Attention {
       const auto& s = segments[static_cast<std::size_t>(i)];
       const std::int64_t past = s.state->length() - s.count;
       for (int head = 0; head < shape.heads; head += std::min(heads, group - head % group)) {
-        for (int t = 0; t < s.count; t += tile) {
-          const int count = std::min(tile, s.count - t);
+        for (int t = 0, count; t < s.count; t += count) {
+          const bool few = s.count <= few_tokens;
+          count = std::min(tile, s.count - t);
+          // A token that begins a block may split the context otherwise than those before it.
+          if (few) count = std::min(count, static_cast<int>(block - (past + t) % block));
           const std::int64_t blocks = (past + t + count + block - 1) / block;
           std::int64_t length = blocks;
-          if (s.count <= few_tokens)
-            length = std::max<std::int64_t>(split_blocks, (blocks + max_splits - 1) / max_splits);
+          if (few) length = std::max<std::int64_t>(split_blocks, (blocks + max_splits - 1) / max_splits);
           const int splits = static_cast<int>((blocks + length - 1) / length);
           for (int p = 0; p < splits; ++p) {
-            work_.push_back({i, head / group, head, std::min(heads, group - head % group), t, count, p * length,
+            work_.push_back({i, head / group, head, std::min(heads, group - head % group), t, count, few, p * length,
                              std::min((p + 1) * length, blocks), splits == 1 ? -1 : static_cast<int>(partials_),
                              p == 0 ? splits : 0});
             if (splits > 1) ++partials_;
@@ -110,36 +116,45 @@ class Attention {
              std::span<const Segment<HostKvCache>> segments, const Work& w, std::byte* space) const noexcept {
     const auto& segment = segments[static_cast<std::size_t>(w.segment)];
     const HostKvCache& cache = *segment.state;
-    const int D = shape.head_dim, rows = w.rows();
-    const std::int64_t past = cache.length() - segment.count;
-    Kernels::AttentionRows a{};
-    a.queries = rows;
-    a.D = D;
+    const int D = shape.head_dim, rows = w.rows(), parts = w.parts();
+    const int part_rows = rows / parts, part_tokens = w.count / parts;
+    const std::int64_t past = cache.length() - segment.count + w.token;
+    const DType type = stored_type(cache.type());
+    Kernels::AttentionRows all[few_tokens] = {};
     const float* query[max_rows];
     for (int r = 0; r < rows; ++r) query[r] = w.of(q, segment.begin, r, D);
-    k.attention_start(a, reinterpret_cast<float*>(space), block, query);
-    for (std::int64_t b = w.first; b < w.last; ++b) {
-      const std::int64_t start = b * block;
-      const int n = static_cast<int>(std::min<std::int64_t>(block, past + w.token + w.count - start));
-      for (int r = 0; r < rows; ++r) {
-        a.visible[r] =
-            static_cast<std::int32_t>(std::clamp<std::int64_t>(past + w.token + r / w.heads + 1 - start, 0, n));
-      }
-      k.attention_block(
-          a, {stored_type(cache.type()), n, cache.keys(b, w.kv_head), cache.values(b, w.kv_head),
-              static_cast<std::ptrdiff_t>(cache.row_bytes()), b + 1 < w.last ? cache.keys(b + 1, w.kv_head) : nullptr});
+    auto* floats = reinterpret_cast<float*>(space);
+    for (int i = 0; i < parts; ++i) {
+      all[i].queries = part_rows;
+      all[i].D = D;
+      k.attention_start(all[i], floats, block, query + i * part_rows);
+      floats += k.attention_space(part_rows, D, block, type);
     }
-    if (w.partial < 0) {
-      for (int r = 0; r < rows; ++r) {
-        k.scale_row(a.sum + r * D, 1 / a.total[r], D);
-        std::copy_n(a.sum + r * D, D, w.of(out, segment.begin, r, D));
+    for (std::int64_t b = w.first; b < w.last; ++b) {
+      const std::byte* next = b + 1 < w.last ? cache.keys(b + 1, w.kv_head) : nullptr;
+      for (int i = 0; i < parts; ++i) {
+        const Kernels::AttentionRows& a = all[i];
+        const std::int64_t before = past + i * part_tokens - b * block;  // the part's first token, in this block
+        const int n = static_cast<int>(std::min<std::int64_t>(block, before + part_tokens));
+        for (int r = 0; r < part_rows; ++r)
+          a.visible[r] = static_cast<std::int32_t>(std::clamp<std::int64_t>(before + r / w.heads + 1, 0, n));
+        k.attention_block(a, {type, n, cache.keys(b, w.kv_head), cache.values(b, w.kv_head),
+                              static_cast<std::ptrdiff_t>(cache.row_bytes()), i + 1 == parts ? next : nullptr});
       }
-    } else {
-      auto* partial = reinterpret_cast<float*>(partial_[w.partial]);
-      for (int r = 0; r < rows; ++r, partial += D + 2) {
-        partial[0] = a.total[r];
-        partial[1] = a.top[r];
-        std::copy_n(a.sum + r * D, D, partial + 2);
+    }
+    auto* partial = w.partial < 0 ? nullptr : reinterpret_cast<float*>(partial_[w.partial]);
+    for (int r = 0; r < rows; ++r) {
+      const Kernels::AttentionRows& a = all[r / part_rows];
+      const int own = r % part_rows;
+      float* sum = a.sum + own * D;
+      if (!partial) {
+        k.scale_row(sum, 1 / a.total[own], D);
+        std::copy_n(sum, D, w.of(out, segment.begin, r, D));
+      } else {
+        partial[0] = a.total[own];
+        partial[1] = a.top[own];
+        std::copy_n(sum, D, partial + 2);
+        partial += D + 2;
       }
     }
   }

@@ -199,7 +199,7 @@ TEST_CASE("attention: a long context, split in decode") {
   });
 }
 
-// Tokens that came before, without attending.
+// Tokens that came before, without attending; the rows repeat.
 void remember(HostKvCache& cache, AttentionShape shape, const Rows& k, const Rows& v, int count,
               void (*store)(DType, const float*, int, std::byte*) noexcept) {
   cache.extend(count);
@@ -207,8 +207,8 @@ void remember(HostKvCache& cache, AttentionShape shape, const Rows& k, const Row
   for (std::size_t t = 0; t < static_cast<std::size_t>(count); ++t) {
     for (int h = 0; h < shape.kv_heads; ++h) {
       const std::size_t at = static_cast<std::size_t>(h) * static_cast<std::size_t>(shape.head_dim);
-      store(type, &k[t][at], shape.head_dim, cache.key_row(static_cast<std::int64_t>(t), h));
-      store(type, &v[t][at], shape.head_dim, cache.value_row(static_cast<std::int64_t>(t), h));
+      store(type, &k[t % k.size()][at], shape.head_dim, cache.key_row(static_cast<std::int64_t>(t), h));
+      store(type, &v[t % v.size()][at], shape.head_dim, cache.value_row(static_cast<std::int64_t>(t), h));
     }
   }
 }
@@ -239,6 +239,64 @@ TEST_CASE("attention: few tokens and many after a long context, several sequence
         }
       }
     }
+  });
+}
+
+// In fp64, of a f32 cache with one KV head: what the newest token's heads see.
+std::vector<float> attention_in_double(AttentionShape shape, const std::vector<float>& q, const HostKvCache& cache) {
+  const auto D = static_cast<std::size_t>(shape.head_dim);
+  std::vector<float> out(q.size());
+  for (std::size_t h = 0; h < q.size(); h += D) {
+    std::vector<double> sum(D);
+    double total = 0;
+    for (std::int64_t p = 0; p < cache.length(); ++p) {
+      const std::size_t row = static_cast<std::size_t>(p % HostKvCache::block_positions) * cache.row_bytes();
+      const std::byte *key = cache.keys(p / HostKvCache::block_positions, 0) + row,
+                      *value = cache.values(p / HostKvCache::block_positions, 0) + row;
+      double score = 0;
+      for (std::size_t d = 0; d < D; ++d) score += double{q[h + d]} * double{load<float>(key + 4 * d)};
+      const double weight = std::exp(score / std::sqrt(static_cast<double>(D)));
+      for (std::size_t d = 0; d < D; ++d) sum[d] += weight * double{load<float>(value + 4 * d)};
+      total += weight;
+    }
+    for (std::size_t d = 0; d < D; ++d) out[h + d] = static_cast<float>(sum[d] / total);
+  }
+  return out;
+}
+
+// A draft that is verified must meet what a step of its own would have met: where a token begins a block, or the pieces
+// of the context become longer (beyond 64 of 8 blocks: at 131072), and where rows of several tokens would share
+// vectors.
+TEST_CASE("attention: each of up to 8 tokens in a pass is what it is alone, bit for bit, at any depth") {
+  on_every_isa([](std::string_view isa, Expected& expected) {
+    Random random;
+    auto check = [&](AttentionShape shape, KvType kv, int past) {
+      CAPTURE(shape.heads);
+      CAPTURE(past);
+      CAPTURE(static_cast<int>(kv));
+      const int T = 8;
+      const Attend a(random, shape, T), old(random, shape, 499);
+      CpuBackend be = cpu_backend(isa, 2, kv);
+      auto single = a.caches(be, 1);
+      remember(single[0], shape, old.k, old.v, past, be.kernels().store_kv);
+      const auto before = single;
+      Rows alone;
+      for (int t = 0; t < T; ++t) alone.push_back(a.run(be, {{1}}, single, t)[0]);
+      for (int count : {3, 8}) {
+        auto together = before;
+        CHECK(a.run(be, {{count}}, together) == slice(alone, 0, count));
+      }
+      if (kv == KvType::f32 && shape.kv_heads == 1) {
+        const Rows& right = expected([&] { return Rows{attention_in_double(shape, a.q[T - 1], single[0])}; });
+        CHECK(nmse({alone[T - 1]}, right) < 1e-11);
+      }
+    };
+    for (AttentionShape shape : {AttentionShape{8, 1, 32}, AttentionShape{6, 2, 32}, AttentionShape{70, 1, 32}}) {
+      for (int past : {3, 252, 2300}) {
+        for (KvType kv : {KvType::f32, KvType::f16, KvType::q8_0}) check(shape, kv, past);
+      }
+    }
+    check({3, 1, 32}, KvType::f32, 131068);
   });
 }
 
