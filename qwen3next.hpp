@@ -12,7 +12,8 @@
 //
 // Model    a file or folder, opened: immutable, shared freely between threads.  Copies share it.
 // Session  one timeline: what was read and said so far.  One thread at a time.  Its recurrent state cannot be rewound:
-//          take a snapshot() where you may want to return.
+//          fork() it or take a snapshot() where you may want to return;
+//          sync() and chat() do so by themselves.
 // Error    thrown for everything that is not your program's fault: says what, where, expected, found, what to do.
 //
 // Text in, text out: Session::generate continues text, Session::chat answers a list of messages.
@@ -51,6 +52,8 @@
 #include "generate/defaults.hpp"
 #include "generate/engine.hpp"
 #include "generate/generate.hpp"
+#include "generate/prefix_cache.hpp"
+#include "generate/reuse.hpp"
 #include "generate/sampler.hpp"
 #include "model/config.hpp"
 #include "model/memory_plan.hpp"
@@ -75,6 +78,11 @@ struct Options {
   // less than they take.
   std::optional<std::uint64_t> memory{};
   std::filesystem::path expert_profile{};  // what `qwen3next experts --save` wrote: a streamed cache starts with that
+
+  // Most bytes for states of what sessions have read, see Session::sync(), beside what sessions themselves hold; 0:
+  // none. Nothing: half of what the machine can spare beside the weights, 8 GiB at most; of `memory` a sixteenth,
+  // within it.
+  std::optional<std::uint64_t> prefix_cache{};
 };
 
 // How a session is opened.
@@ -82,6 +90,7 @@ struct SessionOptions {
   std::int64_t context = 0;    // most tokens it may hold; 0: as many as the model was made for.  Memory grows as needed
   std::optional<KvType> kv{};  // KV cache type; nothing: f16 on cpu, f32 on reference
   int batch = 2048;            // most tokens that go through the layers at a time: more is faster and takes more memory
+  std::int64_t snapshot_spacing = 4096;  // most tokens of a long prompt between two states that sync() keeps
 };
 
 class Session;
@@ -107,6 +116,9 @@ class Model {
 
   // A new, empty timeline, independent of all others.  Throws Error if the options do not fit the model.
   Session session(const SessionOptions& options = {}) const;
+
+  // The states that Session::sync() can go back to, of all sessions.
+  PrefixStatistics prefix_statistics() const { return shared_->prefixes->statistics(); }
 
   // How streaming goes, since the model was opened; nothing if weights are mapped, or no session was opened yet.
   std::optional<ExpertStatistics> expert_statistics() const { return shared_->engine->expert_statistics(); }
@@ -135,12 +147,14 @@ class Model {
     int experts_of_model = 0;  // of a token, before Options::experts_used
     std::shared_ptr<Streaming> streaming;
     std::unique_ptr<const Engine> engine;
+    std::unique_ptr<PrefixCache> prefixes;
     mutable std::once_flag tokenizer_once, template_once, defaults_once;
     mutable std::optional<Tokenizer> tokenizer;
     mutable std::optional<ChatTemplate> chat_template;
     mutable GenerationDefaults defaults;
   };
   const GenerationDefaults& defaults() const;
+  std::optional<std::int32_t> turn_token() const;  // that begins a turn of a conversation
   // 0: the model's length; throws Error if it is longer.
   std::int64_t checked_context(std::int64_t asked) const;
 
@@ -162,7 +176,7 @@ class Snapshot {
 };
 
 // One timeline: what was read and said so far, and the state that the model keeps of it.  One thread at a time;
-// sessions of one Model may run in different threads.  Movable, not copyable: snapshot() and restore() branch.
+// sessions of one Model may run in different threads.  Movable, not copyable: fork() and snapshot() branch.
 class Session {
  public:
   // --- text ---------------------------------------------------------------------------------------------------------
@@ -199,14 +213,19 @@ class Session {
   std::span<const float> prefill(std::span<const std::int32_t> tokens, const Progress& progress = {});
   std::span<const float> decode(std::int32_t token) { return prefill({&token, 1}); }
 
-  // Makes the timeline hold exactly `tokens`, computing only what is not there yet: all of it, unless the timeline is
-  // a beginning of `tokens`.  Returns the logits [vocab_size] after the last, and how many tokens were there before.
-  // Throws as prefill() does.
+  // Makes the timeline hold exactly `tokens`, computing only what no session of this Model has read: it goes on from
+  // the timeline if that is a beginning of `tokens`, else from the longest beginning whose state was kept.  States are
+  // kept of what sync() reads, where prompts tend to differ later: where the last turn begins, the one before it and
+  // the second, and every `snapshot_spacing` tokens.  `turns` are the positions where turns begin, in order; without
+  // them, every <|im_start|>, if the model's files have a tokenizer.  Throws as prefill() does; what was read until
+  // then can be gone on from.
   struct Synced {
-    std::span<const float> logits;
-    std::int64_t reused;
+    std::span<const float> logits;  // [vocab_size], after the last token
+    std::int64_t reused;            // tokens whose state was there
+    Reuse how;                      // and where from
   };
   Synced sync(std::span<const std::int32_t> tokens, const Progress& progress = {});
+  Synced sync(std::span<const std::int32_t> tokens, std::span<const std::int64_t> turns, const Progress& progress = {});
 
   // Appends tokens and gives the logits [vocab_size] of every one, in order; mtp_logits() those of the MTP head, for
   // every one but the last (row t guesses token t + 2).  Throw Error as prefill() does, or if there is no MTP head.
@@ -225,14 +244,13 @@ class Session {
   Snapshot snapshot() const;
   void restore(const Snapshot& snapshot);
   void reset();
+  // Another session that holds the same: the KV cache is shared until one of them goes on, nothing is computed.
+  Session fork() const;
 
  private:
   friend class Model;
   friend void decode_together(std::span<Turn> turns);
-  Session(Model model, std::int64_t context, std::unique_ptr<Timeline> timeline)
-      : model_(std::move(model)), context_(context), timeline_(std::move(timeline)) {
-    tokens_.reserve(static_cast<std::size_t>(std::min<std::int64_t>(context, 1 << 14)));  // decoding allocates nothing
-  }
+  Session(Model model, const SessionOptions& options, std::int64_t context);
 
   void check_room(std::size_t count) const;
   template <class Work>
@@ -240,8 +258,25 @@ class Session {
   // Samples until something ends it; `on_text` sees the answer.
   void run(std::span<const float> logits, const GenerateOptions& options, const OnText& on_text, Generated& result);
 
+  KvType kv() const noexcept { return *options_.kv; }
+  // Keeps the timeline's state, if it would take long to read again.
+  void keep_timeline();
+
+  // At the end, when the timeline is gone, what it shared with the cache is the cache's alone.
+  struct Trim {
+    std::shared_ptr<const void> model{};  // whose cache it is
+    void operator()(PrefixCache* cache) const noexcept {
+      try {
+        cache->trim();
+      } catch (const std::exception&) {  // no memory to think about it: the next one will
+      }
+    }
+  };
+
   Model model_;
+  SessionOptions options_;  // as asked for, `kv` filled in
   std::int64_t context_;
+  std::unique_ptr<PrefixCache, Trim> prefixes_;  // the model's
   std::unique_ptr<Timeline> timeline_;
   std::vector<std::int32_t> tokens_;
   std::vector<float> logits_;        // those that follow the last token

@@ -6,9 +6,12 @@
 // Letters: T rows (tokens of one or several sequences); others as in model/weights.hpp.
 
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <span>
+#include <vector>
 
 #include "blocks/weight_view.hpp"
 
@@ -47,6 +50,15 @@ constexpr DType stored_type(KvType type) noexcept {
   return type == KvType::f32 ? DType::f32 : type == KvType::f16 ? DType::f16 : DType::q8_0;
 }
 
+// Memory that several values may share: of this identity, so large, held by so many.
+struct SharedMemory {
+  const void* identity;
+  std::uint64_t bytes;
+  long holders;
+};
+// Given bytes of a state, piece by piece.
+using BytesSink = std::function<void(std::span<const std::byte>)>;
+
 template <class B>
 concept BackendOps = requires(B& be, typename B::Tensor t, const typename B::Weight& w, const typename B::Vector& v,
                               const typename B::Experts& e, typename B::Routing& routing,
@@ -60,6 +72,13 @@ concept BackendOps = requires(B& be, typename B::Tensor t, const typename B::Wei
   { be.kv_cache(as) } -> std::same_as<typename B::KvCache>;
   requires std::copyable<typename B::DeltaState> && std::copyable<typename B::KvCache>;
   requires requires(typename B::KvCache cache, std::int64_t length) { cache.truncate(length); };  // forgets the rest
+  // What a state is in a file, piece by piece: f32, and rows of the cache's type; and what copies of a cache share.
+  requires requires(typename B::DeltaState state, typename B::KvCache cache, const BytesSink& sink,
+                    std::vector<SharedMemory>& blocks) {
+    state.bytes(sink);
+    cache.bytes(sink);
+    cache.blocks(blocks);
+  };
   { be.host(t) } -> std::same_as<std::span<const float>>;  // one row, to read on the host until the next call
   { t.rows(n, n) } -> std::same_as<typename B::Tensor>;
   { t.columns(n, n) } -> std::same_as<typename B::Tensor>;

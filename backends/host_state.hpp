@@ -26,6 +26,9 @@ struct HostDeltaState {
 
   AlignedBytes S;     // f32 [Hv, Dv, Dk]: transposed, so that S^T k and S^T q read rows
   AlignedBytes conv;  // f32 [K-1, channels]: the last inputs of the convolution, oldest first
+
+  // For files: S, conv.
+  void bytes(const BytesSink& sink) const { sink({S.data(), S.size()}), sink({conv.data(), conv.size()}); }
 };
 
 // Keys and values of one attention layer and sequence, in blocks of 256 positions that copies of the cache share until
@@ -72,6 +75,21 @@ class HostKvCache {
            static_cast<std::size_t>(position % block_positions) * row_bytes_;
   }
   std::byte* value_row(std::int64_t position, int head) noexcept { return key_row(position, head) + plane(heads_); }
+
+  // For files: the rows of positions 0 to length() - 1, of head after head of the keys, then of the values.
+  void bytes(const BytesSink& sink) const {
+    for (int plane_index = 0; plane_index < 2 * heads_; ++plane_index) {
+      for (std::int64_t first = 0; first < length_; first += block_positions) {
+        const auto rows = static_cast<std::size_t>(std::min<std::int64_t>(block_positions, length_ - first));
+        const auto block = static_cast<std::size_t>(first / block_positions);
+        sink({blocks_[block]->data + plane(plane_index), rows * row_bytes_});
+      }
+    }
+  }
+  // Every block, and how many caches share it.
+  void blocks(std::vector<SharedMemory>& out) const {
+    for (const auto& block : blocks_) out.push_back({block.get(), block_bytes(), block.use_count()});
+  }
 
  private:
   // Copies of a cache take their blocks from the same slab, perhaps on several threads.

@@ -133,14 +133,21 @@ class Chat {
     if (g.reason == StopReason::context_full) {
       std::cerr << "(the context of " << session_.context() << " tokens is full: /reset starts anew)\n";
     }
-    if (verbose_) std::cerr << timing_line(g, session_.model()) << "\n";
+    if (verbose_)
+      std::cerr << timing_line(g, session_.model()) << "\n" << reuse_line(g.reuse, session_.model()) << "\n";
   }
 
   void stats() const {
     std::cerr << "context: " << count_text(static_cast<std::int64_t>(session_.tokens().size())) << " of "
               << count_text(session_.context()) << " tokens\n"
               << "answers: " << answers_ << ", " << count_text(generated_) << " tokens\n";
-    if (answers_ > 0) std::cerr << "last: " << timing_line(last_, session_.model()) << "\n";
+    if (answers_ > 0) {
+      std::cerr << "last: " << timing_line(last_, session_.model()) << "\n"
+                << "last prompt: " << reuse_line(last_.reuse, session_.model()) << "\n";
+    }
+    const PrefixStatistics known = session_.model().prefix_statistics();
+    std::cerr << "states to go back to: " << known.snapshots << " in " << bytes_text(known.bytes) << " of "
+              << bytes_text(known.budget) << "\n";
     std::cerr << "backend: " << session_.model().backend_description() << "\n";
     if (const auto experts = session_.model().expert_statistics()) std::cerr << experts_line(*experts) << "\n";
   }

@@ -76,6 +76,12 @@ inline std::string timing_line(const Generated& g, const Model& model) {
   return line;
 }
 
+// reused 37912 of 38230 tokens (memory); at 37915 stood "<think>", now "The": 3 tokens back to the nearest state
+inline std::string reuse_line(const Reuse& reuse, const Model& model) {
+  return describe(reuse,
+                  [&](std::int32_t token) { return printable(model.tokenizer().decode(std::span(&token, 1)), 24); });
+}
+
 // experts: 45 % hits, 488 MiB read a token at 1.9 GB/s (12 in flight), 31 % of the time waiting for it; ...
 inline std::string experts_line(const ExpertStatistics& s) {
   std::string line = "experts: " + count_text(static_cast<std::int64_t>(s.slots_filled)) + " of " +

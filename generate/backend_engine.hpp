@@ -24,6 +24,16 @@ struct BackendSnapshot final : TimelineSnapshot {
   const ModelWeights<B>* model;  // which model's, by identity
   KvType kv;
   SequenceState<B> state;
+
+  void memory(std::vector<SharedMemory>& out) const override {
+    for (const LayerState<B>* layer : state.all_layers()) {
+      if (layer->kv) layer->kv->blocks(out);
+      if (!layer->delta) continue;
+      std::uint64_t bytes = 0;
+      layer->delta->bytes([&](std::span<const std::byte> piece) { bytes += piece.size(); });
+      out.push_back({&*layer->delta, bytes, 1});
+    }
+  }
 };
 
 // What a session of `positions` tokens takes in passes of `rows` while experts are streamed: its states twice, since a
@@ -48,7 +58,8 @@ class BackendTimeline final : public Timeline {
         state_(be_, config),
         a_(be_, config, batch, std::min(batch, logit_rows), 1) {}
 
-  std::span<const float> append(std::span<const std::int32_t> tokens, const Progress& progress) override {
+  std::span<const float> append(std::span<const std::int32_t> tokens, const Progress& progress,
+                                std::span<const std::int64_t> keep, const SnapshotSink& sink) override {
     check(tokens);
     const auto total = static_cast<std::int64_t>(tokens.size());
     std::int64_t done = 0;
@@ -61,8 +72,10 @@ class BackendTimeline final : public Timeline {
           if (!progress(done + std::int64_t{T} * (layer + 1) / (c_.num_hidden_layers + 1), total)) throw Cancelled();
         };
       }
-      step_forward(step, after_layer);
+      order_states(keep, done, T);
+      step_forward(step, after_layer, kept_rows_);
       done += T;
+      give_states(sink, done - T, T);
       if (progress && !progress(done, total)) throw Cancelled();
     }
     return be_.host(head(be_, w_.lm_head, a_, T - 1, 1));
@@ -171,9 +184,10 @@ class BackendTimeline final : public Timeline {
     return {tokens, (tokens.size() + pieces - 1) / pieces};
   }
 
-  int step_forward(std::span<const std::int32_t> tokens, const std::function<void(int)>& after_layer = {}) {
+  int step_forward(std::span<const std::int32_t> tokens, const std::function<void(int)>& after_layer = {},
+                   std::span<const KeptState<B>> kept = {}) {
     const int T = static_cast<int>(tokens.size());
-    const SequenceRows<B> sequence{0, T, state_.position, &state_};
+    const SequenceRows<B> sequence{0, T, state_.position, &state_, kept};
     make_room(T);
     BackendTimeline* const self = this;
     guarded(
@@ -182,6 +196,33 @@ class BackendTimeline final : public Timeline {
         },
         {&self, 1}, after_layer || may_fail());
     return T;
+  }
+
+  // Those of `keep` that a pass of T tokens, `done` before it, will reach.
+  void order_states(std::span<const std::int64_t> keep, std::int64_t done, int T) {
+    kept_rows_.clear(), kept_snapshots_.clear();
+    for (const std::int64_t count : keep) {
+      if (count <= done || count > done + T) continue;
+      kept_snapshots_.push_back(std::make_shared<BackendSnapshot<B>>(&w_, kv_, SequenceState<B>(state_.layers.size())));
+      kept_rows_.push_back({static_cast<int>(count - done), &kept_snapshots_.back()->state});
+    }
+  }
+  // After the pass: what lies beyond a kept state is cut from copies of the KV caches.
+  void give_states(const SnapshotSink& sink, std::int64_t done, int T) {
+    for (std::size_t i = 0; i < kept_snapshots_.size(); ++i) {
+      SequenceState<B>& s = kept_snapshots_[i]->state;
+      s.position = state_.position - T + kept_rows_[i].row;
+      s.mtp_position = std::min(state_.mtp_position, s.position - 1);
+      for (std::size_t l = 0; l < s.layers.size(); ++l) {
+        if (!state_.layers[l].kv) continue;
+        s.layers[l].kv = state_.layers[l].kv;
+        s.layers[l].kv->truncate(s.position);
+      }
+      s.mtp.kv = state_.mtp.kv;
+      if (s.mtp.kv) s.mtp.kv->truncate(s.mtp_position);
+      sink(done + kept_rows_[i].row, kept_snapshots_[i]);
+    }
+    kept_rows_.clear(), kept_snapshots_.clear();
   }
 
   // Takes from the budget what T more tokens need.
@@ -243,6 +284,8 @@ class BackendTimeline final : public Timeline {
   const ModelWeights<B>& w_;
   SequenceState<B> state_;
   Activations<B> a_;
+  std::vector<KeptState<B>> kept_rows_;                              // of the pass at hand
+  std::vector<std::shared_ptr<BackendSnapshot<B>>> kept_snapshots_;  // what they are to become
   std::vector<BackendTimeline*> others_;  // of append_together(), like the next two: rows of a pass and whose they are
   std::vector<std::int32_t> rows_;
   std::vector<SequenceRows<B>> sequences_;

@@ -46,7 +46,12 @@ using LogitsSink = std::function<void(std::span<const float> logits)>;
 class TimelineSnapshot {
  public:
   virtual ~TimelineSnapshot() = default;
+  // What it holds, some of it together with other snapshots and timelines.
+  virtual void memory(std::vector<SharedMemory>& out) const = 0;
 };
+
+// Given the state after the first `count` tokens of an append.
+using SnapshotSink = std::function<void(std::int64_t count, std::shared_ptr<const TimelineSnapshot> snapshot)>;
 
 class Timeline;
 
@@ -66,7 +71,9 @@ class Timeline {
 
   // Appends tokens; returns the logits [V] of the last one, valid until the next call.  If `progress` stops it, throws
   // Cancelled; what was done until then stays (see position).  The same holds if a file cannot be read.
-  virtual std::span<const float> append(std::span<const std::int32_t> tokens, const Progress& progress) = 0;
+  // Gives the states after so many tokens as `keep` says, 1 to all of them, in order: passes are not split for it.
+  virtual std::span<const float> append(std::span<const std::int32_t> tokens, const Progress& progress,
+                                        std::span<const std::int64_t> keep = {}, const SnapshotSink& sink = {}) = 0;
 
   // Appends tokens to several timelines of one engine, each named once, as rows of the same passes and in this one's
   // scratch memory: weights are read once for all.  Gives the logits of each turn's last token.

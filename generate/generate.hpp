@@ -12,6 +12,7 @@
 
 #include "core/error.hpp"
 #include "generate/engine.hpp"
+#include "generate/reuse.hpp"
 #include "generate/sampler.hpp"
 #include "text/stop_strings.hpp"
 #include "text/tokenizer.hpp"
@@ -41,7 +42,8 @@ struct Generated {
   std::vector<std::int32_t> tokens;  // sampled, the one that ended the text included
   StopReason reason = StopReason::end_of_text;
   std::int64_t prompt_tokens = 0;  // given
-  std::int64_t reused_tokens = 0;  // of those, already in the session
+  std::int64_t reused_tokens = 0;  // of those, their state was there
+  Reuse reuse{};                   // of a conversation: where that came from, and what stood in the way of more
   double prompt_seconds = 0;       // reading the prompt
   double decode_seconds = 0;       // sampling and reading what was sampled
 

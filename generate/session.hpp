@@ -21,6 +21,16 @@ inline std::uint64_t streaming_memory(const Checkpoint& checkpoint, const Option
   return spare && checkpoint.weight_bytes() + session.session() > *spare ? *spare : 0;
 }
 
+// Of the states of prefixes, beside what sessions hold.
+inline std::uint64_t prefix_cache_memory(const Checkpoint& checkpoint, const Options& options, std::uint64_t budget) {
+  constexpr std::uint64_t most = std::uint64_t{8} << 30, unknown = std::uint64_t{1} << 30;
+  if (options.prefix_cache) return *options.prefix_cache;
+  if (budget > 0) return budget / 16;
+  const std::optional<std::uint64_t> spare = spare_memory();
+  if (!spare) return unknown;
+  return std::min(most, (*spare - std::min(*spare, checkpoint.weight_bytes())) / 2);
+}
+
 }  // namespace detail
 
 QWEN3NEXT_INLINE Model Model::open(const std::filesystem::path& path, const Options& options) {
@@ -30,9 +40,17 @@ QWEN3NEXT_INLINE Model Model::open(const std::filesystem::path& path, const Opti
   shared->experts_of_model = config.num_experts_per_tok;
   if (options.experts_used != 0) config.use_experts(options.experts_used);
   EngineOptions engine{options.backend, options.isa, options.threads, {}};
-  if (const std::uint64_t memory = detail::streaming_memory(shared->checkpoint, options); memory > 0)
+  const std::uint64_t memory = detail::streaming_memory(shared->checkpoint, options);
+  PrefixCache::Charge charge;
+  if (memory > 0) {
     engine.streaming = shared->streaming =
         std::make_shared<Streaming>(shared->checkpoint, memory, options.expert_profile);
+    charge = [part = std::make_shared<Streaming::Charge>(*shared->streaming)](std::uint64_t bytes) {
+      part->set(bytes);
+    };
+  }
+  shared->prefixes = std::make_unique<PrefixCache>(detail::prefix_cache_memory(shared->checkpoint, options, memory),
+                                                   std::move(charge));
   shared->engine = make_engine(config, shared->checkpoint.weights, engine);
   Model model;
   model.shared_ = std::move(shared);
@@ -68,10 +86,7 @@ QWEN3NEXT_INLINE std::string Model::backend_description() const {
 }
 
 QWEN3NEXT_INLINE Session Model::session(const SessionOptions& options) const {
-  const std::int64_t context = checked_context(options.context);
-  return Session(
-      *this, context,
-      shared_->engine->timeline({options.kv, static_cast<int>(std::min<std::int64_t>(options.batch, context))}));
+  return Session(*this, options, checked_context(options.context));
 }
 
 QWEN3NEXT_INLINE const Tokenizer& Model::tokenizer() const {
@@ -100,7 +115,29 @@ QWEN3NEXT_INLINE std::vector<std::int32_t> Model::stop_tokens() const {
   return stop;
 }
 
+QWEN3NEXT_INLINE std::optional<std::int32_t> Model::turn_token() const {
+  try {
+    return tokenizer().find("<|im_start|>");
+  } catch (const Error&) {  // weights can be used without one
+    return {};
+  }
+}
+
 // --- Session: tokens -------------------------------------------------------------------------------------------------
+
+QWEN3NEXT_INLINE Session::Session(Model model, const SessionOptions& options, std::int64_t context)
+    : model_(std::move(model)),
+      options_(options),
+      context_(context),
+      prefixes_(model_.shared_->prefixes.get(), Trim{model_.shared_}) {
+  const Engine& engine = *model_.shared_->engine;
+  if (options.snapshot_spacing < 1) {
+    throw Error("snapshot_spacing is " + std::to_string(options.snapshot_spacing) + " tokens, expected at least 1");
+  }
+  options_.kv = options.kv.value_or(engine.default_kv());
+  timeline_ = engine.timeline({options_.kv, static_cast<int>(std::min<std::int64_t>(options.batch, context))});
+  tokens_.reserve(static_cast<std::size_t>(std::min<std::int64_t>(context, 1 << 14)));  // decoding allocates nothing
+}
 
 QWEN3NEXT_INLINE void Session::check_room(std::size_t count) const {
   if (static_cast<std::int64_t>(tokens_.size() + count) > context_) {
@@ -161,13 +198,76 @@ QWEN3NEXT_INLINE void decode_together(std::span<Turn> turns) {
   }
 }
 
+QWEN3NEXT_INLINE void Session::keep_timeline() {
+  const auto held = static_cast<std::int64_t>(tokens_.size());
+  if (held == 0 || held - prefixes_->find(kv(), tokens_, false).position < options_.snapshot_spacing / 16) return;
+  prefixes_->insert(kv(), tokens_, {timeline_->snapshot(), logits_}, false);
+}
+
 QWEN3NEXT_INLINE Session::Synced Session::sync(std::span<const std::int32_t> tokens, const Progress& progress) {
-  const std::size_t held = tokens_.size();
-  const bool prefix = held <= tokens.size() && std::equal(tokens_.begin(), tokens_.end(), tokens.begin());
-  if (prefix && held == tokens.size() && !logits_.empty()) return {logits_, static_cast<std::int64_t>(held)};
-  if (!prefix || held == tokens.size()) reset();
-  const std::size_t reused = tokens_.size();
-  return {prefill(tokens.subspan(reused), progress), static_cast<std::int64_t>(reused)};
+  std::vector<std::int64_t> turns;
+  if (const std::optional<std::int32_t> start = model_.turn_token()) {
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      if (tokens[i] == *start) turns.push_back(static_cast<std::int64_t>(i));
+    }
+  }
+  return sync(tokens, turns, progress);
+}
+
+QWEN3NEXT_INLINE Session::Synced Session::sync(std::span<const std::int32_t> tokens,
+                                               std::span<const std::int64_t> turns, const Progress& progress) {
+  const auto asked = static_cast<std::int64_t>(tokens.size()), held = static_cast<std::int64_t>(tokens_.size());
+  if (asked > context_) {
+    throw Error(std::to_string(asked) + " tokens do not fit a context of " + std::to_string(context_) +
+                ": open the session with a larger context, or shorten what it is to read");
+  }
+  const auto n = static_cast<std::ptrdiff_t>(std::min(asked, held));
+  const std::int64_t same = std::mismatch(tokens_.begin(), tokens_.begin() + n, tokens.begin()).first - tokens_.begin();
+  const bool goes_on = held > 0 && same == held && (held < asked || !logits_.empty());
+  PrefixCache::Found found = prefixes_->find(kv(), tokens);
+
+  Reuse how{.tokens = asked, .known = found.known, .was = found.next};
+  if (same >= found.known && held > 0) {
+    how.known = same;
+    how.was = same < held ? tokens_[static_cast<std::size_t>(same)] : -1;
+  }
+  if (how.known < asked) how.is = tokens[static_cast<std::size_t>(how.known)];
+
+  if (goes_on && held >= found.position) {
+    how.source = Reuse::Source::timeline;
+  } else {
+    keep_timeline();
+    if (found.state.snapshot) {
+      how.source = Reuse::Source::memory;
+      timeline_->restore(*found.state.snapshot);
+      tokens_.assign(tokens.begin(), tokens.begin() + found.position);
+      logits_ = found.state.logits;
+    } else {
+      reset();
+    }
+  }
+  how.reused = static_cast<std::int64_t>(tokens_.size());
+  if (how.reused == asked && !logits_.empty()) return {logits_, asked, how};
+
+  std::vector<std::int64_t> keep;
+  std::vector<bool> turn;
+  for (const SnapshotPosition& p :
+       snapshot_positions(found.position, how.reused, asked, turns, options_.snapshot_spacing)) {
+    keep.push_back(p.position - how.reused);
+    turn.push_back(p.turn);
+  }
+  found = {};
+  std::size_t kept = 0;
+  const std::span<const std::int32_t> missing = tokens.subspan(static_cast<std::size_t>(how.reused));
+  append(missing, [&] {
+    const std::span<const float> logits =
+        timeline_->append(missing, progress, keep, [&](std::int64_t count, auto snapshot) {
+          prefixes_->insert(kv(), tokens.first(static_cast<std::size_t>(how.reused + count)), {std::move(snapshot), {}},
+                            turn[kept++]);
+        });
+    logits_.assign(logits.begin(), logits.end());
+  });
+  return {logits_, how.reused, how};
 }
 
 QWEN3NEXT_INLINE void Session::all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) {
@@ -207,6 +307,13 @@ QWEN3NEXT_INLINE void Session::reset() {
   timeline_->reset();
   tokens_.clear();
   logits_.clear();
+  prefixes_->trim();
+}
+
+QWEN3NEXT_INLINE Session Session::fork() const {
+  Session other(model_, options_, context_);
+  other.restore(snapshot());
+  return other;
 }
 
 // --- Session: text ------------------------------------------------------------------------------------------------
@@ -250,6 +357,7 @@ QWEN3NEXT_INLINE Answer Session::chat(const nlohmann::ordered_json& messages, co
   const Synced synced = sync(prompt, options.on_prefill);
   answer.generated.prompt_tokens = static_cast<std::int64_t>(prompt.size());
   answer.generated.reused_tokens = synced.reused;
+  answer.generated.reuse = synced.how;
   answer.generated.prompt_seconds = detail::seconds_since(start);
 
   AnswerParser parser(chat_template.kind(), tools);

@@ -31,18 +31,19 @@ class Streaming {
             ExpertStore::MakeQueue make_queue = {})
       : checkpoint_(checkpoint), memory_(memory), profile_(std::move(profile)), make_queue_(std::move(make_queue)) {}
 
-  // What a session takes, as long as it lives.
+  // What a session takes, as long as it lives, or the cache of prefixes.
   class Charge {
    public:
     explicit Charge(Streaming& budget) : budget_(&budget) {}
     Charge(const Charge&) = delete;
     ~Charge() { budget_->add(0 - bytes_); }
-    // From now on; it never gets less.  Throws Error if the budget does not hold it beside the fewest experts.
-    void at_least(std::uint64_t bytes) {
-      if (bytes <= bytes_) return;
+    // From now on.  Throws Error if the budget does not hold it beside the fewest experts.
+    void set(std::uint64_t bytes) {
+      if (bytes == bytes_) return;
       budget_->add(bytes - bytes_);
       bytes_ = bytes;
     }
+    void at_least(std::uint64_t bytes) { set(std::max(bytes, bytes_)); }
 
    private:
     Streaming* budget_;

@@ -33,6 +33,26 @@ void gated_attention(B& be, const Config& c, const AttentionWeights<B>& w, Activ
   be.linear(heads, {{w.o_proj, out}});
 }
 
+// The rows of a pass in pieces that end where a DeltaNet state is to be kept; mostly all in one.
+//   work(begin, count, segments of these rows)
+template <BackendOps B, class Work>
+void up_to_kept_states(Activations<B>& a, int T, Work work) {
+  if (a.kept_deltas.empty()) return work(0, T, std::span<const Segment<typename B::DeltaState>>(a.delta_segments));
+  const Segment<typename B::DeltaState> all = a.delta_segments.front();
+  int begin = 0;
+  const auto piece = [&](int end) {
+    Segment<typename B::DeltaState> rows = all;
+    rows.begin = 0, rows.count = end - begin, rows.position = all.position + begin;
+    if (end > begin) work(begin, end - begin, std::span<const Segment<typename B::DeltaState>>(&rows, 1));
+    begin = end;
+  };
+  for (const auto& [row, into] : a.kept_deltas) {
+    piece(row);
+    *into = *all.state;
+  }
+  piece(T);
+}
+
 // Gated DeltaNet: a linear attention whose state S [Dk, Dv] per value head forgets by exp(g) and writes by the delta
 // rule.  For each token, q and k scaled to unit length, q by 1/sqrt(Dk) on top:
 //   S = exp(g) S;   S += k (beta (v - S^T k))^T;   o = S^T q
@@ -48,9 +68,12 @@ void gated_delta_net(B& be, const Config& c, const DeltaNetWeights<B>& w, Activa
                 {w.in_proj_z, z},
                 {w.in_proj_b, b_in},
                 {w.in_proj_a, a_in}});
-  be.causal_conv1d(conv, qkv, w.conv1d, a.delta_segments);
   be.delta_gates(beta, g, b_in, a_in, w.A, w.dt_bias);
-  be.gated_delta_rule(o, conv, beta, g, delta_shape(c), a.delta_segments);
+  up_to_kept_states(a, T, [&](int begin, int n, std::span<const Segment<typename B::DeltaState>> segments) {
+    be.causal_conv1d(conv.rows(begin, n), qkv.rows(begin, n), w.conv1d, segments);
+    be.gated_delta_rule(o.rows(begin, n), conv.rows(begin, n), beta.rows(begin, n), g.rows(begin, n), delta_shape(c),
+                        segments);
+  });
   be.gated_rms_norm(o, o, z, w.norm, static_cast<float>(c.rms_norm_eps));
   be.linear(o, {{w.out_proj, out}});
 }
@@ -98,9 +121,13 @@ void decoder_layer(B& be, const Config& c, const LayerWeights<B>& w, const MoeWe
 template <BackendOps B, class StateOf>
 void enter_layer(Activations<B>& a, std::span<const SequenceRows<B>> sequences, StateOf state_of) {
   a.delta_segments.clear();
+  a.kept_deltas.clear();
   a.kv_segments.clear();
   for (const SequenceRows<B>& s : sequences) {
     LayerState<B>& layer = state_of(*s.state);
+    for (const KeptState<B>& kept : s.kept) {
+      if (layer.delta) a.kept_deltas.push_back({kept.row, &state_of(*kept.into).delta});
+    }
     if (layer.delta) a.delta_segments.push_back({s.begin, s.count, s.position, &*layer.delta});
     if (layer.kv) a.kv_segments.push_back({s.begin, s.count, s.position, &*layer.kv});
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "backends/backend.hpp"
@@ -38,6 +39,17 @@ struct SequenceState {
     }
     if (c.has_mtp) mtp.kv = be.kv_cache(attention_shape(c));
   }
+  // What a pass will fill in: see KeptState.
+  explicit SequenceState(std::size_t count) : layers(count) {}
+
+  // The model's in order, then the MTP layer's.
+  std::vector<const LayerState<B>*> all_layers() const {
+    std::vector<const LayerState<B>*> all;
+    for (const LayerState<B>& layer : layers) all.push_back(&layer);
+    all.push_back(&mtp);
+    return all;
+  }
+
   std::vector<LayerState<B>> layers;
   LayerState<B> mtp;
   std::int64_t position = 0;      // tokens seen by the trunk
@@ -68,12 +80,22 @@ class SequenceGuard {
   std::int64_t position_ = 0, mtp_position_ = 0;
 };
 
-// Which rows of a batch belong to which sequence.
+// A state to be kept of a sequence in the middle of its rows: after the first `row` of them, 0 < row <= count.  The
+// pass fills in the DeltaNet states, which are gone afterwards.  KV caches only grow: whoever ordered it cuts copies.
+template <BackendOps B>
+struct KeptState {
+  int row;
+  SequenceState<B>* into;
+};
+
+// Which rows of a batch belong to which sequence.  Only a sequence that is alone in its batch can have `kept` states,
+// in the order of their rows.
 template <BackendOps B>
 struct SequenceRows {
   int begin, count;
   std::int64_t position;
   SequenceState<B>* state;
+  std::span<const KeptState<B>> kept{};
 };
 
 // Scratch for up to `rows` tokens at a time, allocated once.  T rows, other letters as in model/weights.hpp.
@@ -129,6 +151,7 @@ struct Activations {
   std::optional<Tensor> mtp_in;           // [T, 2 H] embedding, hidden
   Rope rope;
   std::vector<Segment<typename B::DeltaState>> delta_segments;
+  std::vector<std::pair<int, std::optional<typename B::DeltaState>*>> kept_deltas;  // of the layer: rows, into
   std::vector<Segment<typename B::KvCache>> kv_segments;
 };
 

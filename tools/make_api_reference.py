@@ -29,6 +29,8 @@ SECTIONS = [
     ]),
     ("Sessions", [
         ("qwen3next.hpp", ["Session", "SessionOptions", "Snapshot", "Turn", "decode_together"]),
+        ("generate/reuse.hpp", ["Reuse", "describe"]),
+        ("generate/prefix_cache.hpp", ["PrefixStatistics"]),
         ("backends/backend.hpp", ["KvType"]),
         ("generate/engine.hpp", ["Progress", "LogitsSink"]),
     ]),
