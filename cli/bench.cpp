@@ -25,10 +25,21 @@ class Bench {
 
   KvType kv() const noexcept { return kv_; }
 
+  // Ctrl-C ends it with what has been measured: a great depth takes long.
   std::vector<BenchResult> run() {
     const Interruptible scope;
-    warm_up();
     std::vector<BenchResult> results;
+    try {
+      measure(results);
+    } catch (const Cancelled&) {
+      if (results.empty()) throw;
+    }
+    return results;
+  }
+
+ private:
+  void measure(std::vector<BenchResult>& results) {
+    warm_up();
     Snapshot at_depth = session_.snapshot();
     for (const std::int64_t depth : o_.depths) {
       if (depth < at_depth.position()) {
@@ -41,10 +52,8 @@ class Bench {
       if (o_.prefill > 0) results.push_back(prefill(at_depth));
       if (o_.decode > 0) results.push_back(decode(at_depth));
     }
-    return results;
   }
 
- private:
   static SessionOptions options_for(const Model& model, const BenchOptions& o) {
     const std::int64_t needed =
         *std::max_element(o.depths.begin(), o.depths.end()) + std::max({o.prefill, o.decode, std::int64_t{1}});
@@ -206,10 +215,12 @@ void bench(const BenchOptions& o) {
               .experts = streamed ? measure_expert_bandwidth(model.checkpoint()) : 0};
   std::vector<BenchResult> results = bench.run();
   TracedResults traced;
-  if (o.ops || !o.parallel.empty()) traced = run_traced(model, o, bench.kv());
+  if (!interrupted() && (o.ops || !o.parallel.empty())) traced = run_traced(model, o, bench.kv());
   results.insert(results.end(), traced.parallel.begin(), traced.parallel.end());
   if (o.ops) measure_peaks(roofs, o);
   o.json ? print_json(model, o, roofs, results, traced.ops) : print_table(model, o, roofs, results, traced.ops);
+  finish_output();
+  stop_if_interrupted();
 }
 
 }  // namespace
