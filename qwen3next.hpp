@@ -148,12 +148,15 @@ class Model {
     std::shared_ptr<Streaming> streaming;
     std::unique_ptr<const Engine> engine;
     std::unique_ptr<PrefixCache> prefixes;
-    mutable std::once_flag tokenizer_once, template_once, defaults_once;
+    Backend backend = Backend::cpu;
+    mutable std::once_flag tokenizer_once, template_once, defaults_once, identity_once;
+    mutable std::uint64_t identity = 0;
     mutable std::optional<Tokenizer> tokenizer;
     mutable std::optional<ChatTemplate> chat_template;
     mutable GenerationDefaults defaults;
   };
   const GenerationDefaults& defaults() const;
+  std::uint64_t identity() const;  // see weights/model_identity.hpp
   std::optional<std::int32_t> turn_token() const;  // that begins a turn of a conversation
   // 0: the model's length; throws Error if it is longer.
   std::int64_t checked_context(std::int64_t asked) const;
@@ -246,6 +249,13 @@ class Session {
   void reset();
   // Another session that holds the same: the KV cache is shared until one of them goes on, nothing is computed.
   Session fork() const;
+
+  // The same in a file, for any session of the same model files, backend, KV type, YaRN and number of experts, in this
+  // process or a later one: the timeline, with the states of its last turns.  load() reads at the disk's speed what was
+  // saved, bit for bit; it throws Error, and changes nothing, if the file is damaged, another model's, another
+  // version's, or longer than the context.
+  void save(const std::filesystem::path& path) const;
+  void load(const std::filesystem::path& path);
 
  private:
   friend class Model;

@@ -77,6 +77,8 @@ concept BackendOps = requires(B& be, typename B::Tensor t, const typename B::Wei
                     std::vector<SharedMemory>& blocks) {
     state.bytes(sink);
     cache.bytes(sink);
+    { cache.begins(cache) } -> std::same_as<bool>;
+    cache.extend(int());
     cache.blocks(blocks);
   };
   { be.host(t) } -> std::same_as<std::span<const float>>;  // one row, to read on the host until the next call

@@ -86,6 +86,20 @@ class HostKvCache {
       }
     }
   }
+  // Whether `longer`, of the same shape and type, begins with the same bytes.
+  bool begins(const HostKvCache& longer) const {
+    if (length_ > longer.length_) return false;
+    for (std::size_t b = 0; b < blocks_.size(); ++b) {
+      if (blocks_[b] == longer.blocks_[b]) continue;
+      const auto first = static_cast<std::int64_t>(b) * block_positions;
+      const auto rows = static_cast<std::size_t>(std::min<std::int64_t>(block_positions, length_ - first));
+      for (int p = 0; p < 2 * heads_; ++p) {
+        if (std::memcmp(blocks_[b]->data + plane(p), longer.blocks_[b]->data + plane(p), rows * row_bytes_) != 0)
+          return false;
+      }
+    }
+    return true;
+  }
   // Every block, and how many caches share it.
   void blocks(std::vector<SharedMemory>& out) const {
     for (const auto& block : blocks_) out.push_back({block.get(), block_bytes(), block.use_count()});

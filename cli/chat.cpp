@@ -12,8 +12,8 @@ namespace {
 constexpr std::string_view commands_help =
     "  /help        this list\n"
     "  /reset       forget the conversation (the system message stays)\n"
-    "  /save FILE   write the conversation as JSON\n"
-    "  /load FILE   go on with a saved one\n"
+    "  /save FILE   write the conversation as JSON, and what the model keeps of it to FILE.state\n"
+    "  /load FILE   go on with a saved one; without its state it is read again\n"
     "  /stats       tokens and speed\n"
     "  /quit        leave, as Ctrl-D does\n"
     "Ctrl-C stops an answer.  A line that begins with // is a message that begins with /.\n";
@@ -74,16 +74,42 @@ class Chat {
       session_.reset();
     } else if (name == "/save") {
       conversation_.save(file_path(file()));
-      std::cerr << "saved " << conversation_.messages().size() << " messages\n";
+      std::cerr << "saved " << conversation_.messages().size() << " messages" << save_state(argument) << "\n";
     } else if (name == "/load") {
       conversation_.load(read_conversation(file()), argument);
-      std::cerr << "loaded " << conversation_.messages().size() << " messages\n";
+      std::cerr << "loaded " << conversation_.messages().size() << " messages" << load_state(argument) << "\n";
     } else if (name == "/stats") {
       stats();
     } else {
       throw Error(name + " is no command; /help lists them, and // at the start of a message stands for /");
     }
     return true;
+  }
+
+  // The state lies beside the conversation.  What became of it, for the message.
+  std::string save_state(const std::string& conversation) {
+    const std::filesystem::path path = file_path(conversation + ".state");
+    if (session_.tokens().empty()) {
+      std::error_code ignored;
+      std::filesystem::remove(path, ignored);  // an older one would be another conversation's
+      return "";
+    }
+    const auto start = std::chrono::steady_clock::now();
+    session_.save(path);
+    return " and the state of " + count_text(static_cast<std::int64_t>(session_.tokens().size())) + " tokens, " +
+           bytes_text(static_cast<double>(std::filesystem::file_size(path))) +
+           format(" in %.2f s", seconds_since(start));
+  }
+  std::string load_state(const std::string& conversation) {
+    const std::filesystem::path path = file_path(conversation + ".state");
+    const auto start = std::chrono::steady_clock::now();
+    try {
+      session_.load(path);
+    } catch (const Error& e) {
+      return std::string("; they will be read again, since their state cannot be used: ") + e.what();
+    }
+    return " and the state of " + count_text(static_cast<std::int64_t>(session_.tokens().size())) +
+           format(" tokens in %.2f s", seconds_since(start));
   }
 
   static std::string read_conversation(const std::string& path) {

@@ -20,7 +20,7 @@ namespace qwen3next {
 
 template <BackendOps B>
 struct BackendSnapshot final : TimelineSnapshot {
-  BackendSnapshot(const ModelWeights<B>* m, KvType k, const SequenceState<B>& s) : model(m), kv(k), state(s) {}
+  BackendSnapshot(const ModelWeights<B>* m, KvType k, SequenceState<B> s) : model(m), kv(k), state(std::move(s)) {}
   const ModelWeights<B>* model;  // which model's, by identity
   KvType kv;
   SequenceState<B> state;
@@ -33,6 +33,26 @@ struct BackendSnapshot final : TimelineSnapshot {
       layer->delta->bytes([&](std::span<const std::byte> piece) { bytes += piece.size(); });
       out.push_back({&*layer->delta, bytes, 1});
     }
+  }
+  void kv_bytes(const BytesSink& sink) const override {
+    for (const LayerState<B>* layer : state.all_layers()) {
+      if (layer->kv) layer->kv->bytes(sink);
+    }
+  }
+  void state_bytes(const BytesSink& sink) const override {
+    for (const LayerState<B>* layer : state.all_layers()) {
+      if (layer->delta) layer->delta->bytes(sink);
+    }
+  }
+  std::int64_t mtp_position() const override { return state.mtp_position; }
+  bool begins(const TimelineSnapshot& longer) const override {
+    const auto& other = dynamic_cast<const BackendSnapshot&>(longer).state;
+    if (state.position > other.position || state.mtp_position > other.mtp_position) return false;
+    const auto mine = state.all_layers(), theirs = other.all_layers();
+    for (std::size_t i = 0; i < mine.size(); ++i) {
+      if (mine[i]->kv && !mine[i]->kv->begins(*theirs[i]->kv)) return false;
+    }
+    return true;
   }
 };
 
@@ -331,6 +351,33 @@ class BackendEngine final : public Engine {
   }
   std::string description() const override { return description_; }
   KvType default_kv() const override { return default_kv_; }
+  std::uint64_t state_bytes() const override { return plan_session(config_, default_kv_, 1, 1).delta_state; }
+  std::uint64_t kv_bytes(KvType kv, std::int64_t position, std::int64_t mtp_position) const override {
+    Config trunk = config_;
+    trunk.has_mtp = false;
+    const std::uint64_t row =
+        2 * static_cast<std::uint64_t>(config_.num_key_value_heads) * row_bytes(stored_type(kv), config_.head_dim);
+    return plan_session(trunk, kv, position, 1).kv_cache + static_cast<std::uint64_t>(mtp_position) * row;
+  }
+  std::shared_ptr<const TimelineSnapshot> blank_snapshot(KvType kv, std::int64_t position, std::int64_t mtp_position,
+                                                         const TimelineSnapshot* longer) const override {
+    B backend = make_backend_(kv);
+    SequenceState<B> state(backend, config_);
+    state.position = position, state.mtp_position = mtp_position;
+    const auto* whole = longer ? &dynamic_cast<const BackendSnapshot<B>&>(*longer).state : nullptr;
+    const auto make_room = [&](auto& kv_cache, const auto* of_whole, std::int64_t length) {
+      if (of_whole) {
+        kv_cache = *of_whole;
+        kv_cache->truncate(length);
+      } else if (kv_cache) {
+        kv_cache->extend(static_cast<int>(length));
+      }
+    };
+    for (std::size_t i = 0; i < state.layers.size(); ++i)
+      if (state.layers[i].kv) make_room(state.layers[i].kv, whole ? &whole->layers[i].kv : nullptr, position);
+    if (state.mtp.kv) make_room(state.mtp.kv, whole ? &whole->mtp.kv : nullptr, mtp_position);
+    return std::make_shared<BackendSnapshot<B>>(&weights_, kv, std::move(state));
+  }
   std::optional<ExpertStatistics> expert_statistics() const override {
     return streaming_ ? streaming_->statistics() : std::nullopt;
   }

@@ -48,6 +48,14 @@ class TimelineSnapshot {
   virtual ~TimelineSnapshot() = default;
   // What it holds, some of it together with other snapshots and timelines.
   virtual void memory(std::vector<SharedMemory>& out) const = 0;
+
+  // For files, the same of every backend: keys and values of the layers in order, rows of the KV type; then what does
+  // not grow, f32.  The MTP layer comes last.
+  virtual void kv_bytes(const BytesSink& sink) const = 0;
+  virtual void state_bytes(const BytesSink& sink) const = 0;
+  virtual std::int64_t mtp_position() const = 0;
+  // Whether its keys and values are those of `longer`'s beginning, bit for bit.
+  virtual bool begins(const TimelineSnapshot& longer) const = 0;
 };
 
 // Given the state after the first `count` tokens of an append.
@@ -99,6 +107,15 @@ class Engine {
   virtual std::unique_ptr<Timeline> timeline(const TimelineOptions& options) const = 0;
   virtual std::string description() const = 0;  // backend, ISA, threads
   virtual KvType default_kv() const = 0;
+
+  // Snapshots out of files: what TimelineSnapshot::state_bytes() and kv_bytes() will give in all, and one whose bytes
+  // are yet to be written there.  With `longer`, it shares that one's keys and values.
+  virtual std::uint64_t state_bytes() const = 0;
+  virtual std::uint64_t kv_bytes(KvType kv, std::int64_t position, std::int64_t mtp_position) const = 0;
+  virtual std::shared_ptr<const TimelineSnapshot> blank_snapshot(KvType kv, std::int64_t position,
+                                                                 std::int64_t mtp_position,
+                                                                 const TimelineSnapshot* longer) const = 0;
+
   // Of streamed experts; nothing if none are, or no timeline was made yet.
   virtual std::optional<ExpertStatistics> expert_statistics() const = 0;
 };

@@ -131,6 +131,21 @@ class PrefixCache {
     fit();
   }
 
+  // The states of beginnings of `tokens` where turns begin, shortest first.
+  std::vector<std::pair<std::int64_t, std::shared_ptr<const TimelineSnapshot>>> turns(
+      KvType kv, std::span<const std::int32_t> tokens) {
+    const std::lock_guard lock(mutex_);
+    std::vector<std::pair<std::int64_t, std::shared_ptr<const TimelineSnapshot>>> states;
+    const Node* node = &root(kv);
+    while (!tokens.empty() && (node = node->child(tokens.front()))) {
+      const std::size_t same = common(node->edge, tokens);
+      if (same < node->edge.size()) break;
+      if (node->state.snapshot && node->turn) states.push_back({node->position, node->state.snapshot});
+      tokens = tokens.subspan(same);
+    }
+    return states;
+  }
+
   // Gives up what is too much by now: when a session has ended, what it shared is the cache's alone.
   void trim() {
     const std::lock_guard lock(mutex_);

@@ -5,6 +5,8 @@
 #include <chrono>
 
 #include "core/linkage.hpp"
+#include "generate/state_file.hpp"
+#include "weights/model_identity.hpp"
 
 namespace qwen3next {
 
@@ -51,6 +53,7 @@ QWEN3NEXT_INLINE Model Model::open(const std::filesystem::path& path, const Opti
   }
   shared->prefixes = std::make_unique<PrefixCache>(detail::prefix_cache_memory(shared->checkpoint, options, memory),
                                                    std::move(charge));
+  shared->backend = options.backend;
   shared->engine = make_engine(config, shared->checkpoint.weights, engine);
   Model model;
   model.shared_ = std::move(shared);
@@ -301,6 +304,38 @@ QWEN3NEXT_INLINE void Session::restore(const Snapshot& snapshot) {
   timeline_->restore(*snapshot.state_);
   tokens_ = snapshot.tokens_;
   logits_ = snapshot.logits_;
+}
+
+QWEN3NEXT_INLINE std::uint64_t Model::identity() const {
+  std::call_once(shared_->identity_once, [&] { shared_->identity = model_identity(checkpoint(), shared_->backend); });
+  return shared_->identity;
+}
+
+QWEN3NEXT_INLINE void Session::save(const std::filesystem::path& path) const {
+  if (tokens_.empty()) throw Error("nothing to save: the session has read no tokens");
+  constexpr std::size_t most_turns = 4;
+  SavedStates saved{kv(), tokens_, logits_, {}};
+  const std::shared_ptr<const TimelineSnapshot> now = timeline_->snapshot();
+  for (auto& [position, snapshot] : prefixes_->turns(kv(), tokens_)) {
+    if (position < static_cast<std::int64_t>(tokens_.size()) && snapshot->begins(*now))
+      saved.states.push_back({position, true, std::move(snapshot)});
+  }
+  if (saved.states.size() > most_turns) saved.states.erase(saved.states.begin(), saved.states.end() - most_turns);
+  saved.states.push_back({static_cast<std::int64_t>(tokens_.size()), false, now});
+  write_state_file(path, model_.identity(), saved);
+}
+
+QWEN3NEXT_INLINE void Session::load(const std::filesystem::path& path) {
+  SavedStates saved = read_state_file(path, model_.identity(), *model_.shared_->engine, kv(), context_,
+                                      model_.config().vocab_size);
+  timeline_->restore(*saved.states.back().snapshot);
+  tokens_ = std::move(saved.tokens);
+  logits_ = std::move(saved.logits);
+  saved.states.pop_back();
+  for (SavedStates::State& state : saved.states) {
+    prefixes_->insert(kv(), std::span(tokens_).first(static_cast<std::size_t>(state.position)),
+                      {std::move(state.snapshot), {}}, state.turn);
+  }
 }
 
 QWEN3NEXT_INLINE void Session::reset() {
