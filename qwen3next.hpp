@@ -55,6 +55,7 @@
 #include "generate/prefix_cache.hpp"
 #include "generate/reuse.hpp"
 #include "generate/sampler.hpp"
+#include "generate/state_folder.hpp"
 #include "model/config.hpp"
 #include "model/memory_plan.hpp"
 #include "text/chat_template.hpp"
@@ -83,6 +84,11 @@ struct Options {
   // none. Nothing: half of what the machine can spare beside the weights, 8 GiB at most; of `memory` a sixteenth,
   // within it.
   std::optional<std::uint64_t> prefix_cache{};
+
+  // A folder for states of long prompts, so that later processes go on from them: of system messages and conversations
+  // that were synced, in files of 80B's shape of 72 MiB and 24 KiB a token.  Processes may share it.  Most bytes of it.
+  std::filesystem::path cache_dir{};
+  std::uint64_t cache_dir_bytes = std::uint64_t{16} << 30;
 };
 
 // How a session is opened.
@@ -148,6 +154,7 @@ class Model {
     std::shared_ptr<Streaming> streaming;
     std::unique_ptr<const Engine> engine;
     std::unique_ptr<PrefixCache> prefixes;
+    std::optional<StateFolder> folder;
     Backend backend = Backend::cpu;
     mutable std::once_flag tokenizer_once, template_once, defaults_once, identity_once;
     mutable std::uint64_t identity = 0;
@@ -156,7 +163,7 @@ class Model {
     mutable GenerationDefaults defaults;
   };
   const GenerationDefaults& defaults() const;
-  std::uint64_t identity() const;  // see weights/model_identity.hpp
+  std::uint64_t identity() const;                  // see weights/model_identity.hpp
   std::optional<std::int32_t> turn_token() const;  // that begins a turn of a conversation
   // 0: the model's length; throws Error if it is longer.
   std::int64_t checked_context(std::int64_t asked) const;
@@ -271,6 +278,12 @@ class Session {
   KvType kv() const noexcept { return *options_.kv; }
   // Keeps the timeline's state, if it would take long to read again.
   void keep_timeline();
+  // The longest beginning of `tokens` in the folder, if it is longer than `known`; else of 0 tokens.
+  PrefixCache::Found read_folder(std::span<const std::int32_t> tokens, std::int64_t known);
+  // Chooses among the states that a sync() of `tokens` keeps what is worth a file, and writes it when there is time.
+  void remember(std::span<const std::int32_t> tokens, std::int64_t position, bool system,
+                const std::shared_ptr<const TimelineSnapshot>& state);
+  void write_folder();
 
   // At the end, when the timeline is gone, what it shared with the cache is the cache's alone.
   struct Trim {
@@ -291,6 +304,11 @@ class Session {
   std::vector<std::int32_t> tokens_;
   std::vector<float> logits_;        // those that follow the last token
   std::vector<TimelineTurn> turns_;  // of decode_together(), if this session is the first
+
+  std::optional<SavedStates> system_, conversation_;  // to be written to the folder
+  std::int64_t written_ = 0;                          // tokens of the timeline that a file holds
+  bool mine_ = false;                                 // this session wrote it, for a conversation
+  std::string trouble_;                               // with the folder
 };
 
 // What a session is to read together with others, and the logits that follow.

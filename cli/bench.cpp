@@ -207,6 +207,16 @@ void bench(const BenchOptions& o) {
   if (o.model.backend != "cpu" && (o.ops || !o.parallel.empty()))
     throw CLI::ValidationError("--ops and --parallel", "measure the cpu backend alone");
   const Model model = open_model(o.model);
+  if (o.turns > 0) {
+    const std::vector<TurnResult> turns = run_turns(model, o);
+    if (!o.json) return print_turns(turns);
+    std::cout << ordered_json{{"model", o.model.path},
+                              {"backend", model.backend_description()},
+                              {"results", turns_json(turns)}}
+                     .dump(2)
+              << "\n";
+    return;
+  }
   const bool streamed = model.plan(session_options(o.model)).streamed();
   if (streamed && (o.ops || !o.parallel.empty()))
     throw CLI::ValidationError("--ops and --parallel", "measure mapped weights; here experts would be streamed");
@@ -253,6 +263,11 @@ void add_bench(CLI::App& app) {
       ->delimiter(',')
       ->allow_extra_args(false)
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{512}));
+  command
+      .add_option("--turns", o->turns,
+                  "Instead: so many turns of a chat with -d tokens of history, -p asked and -n answered in each")
+      ->option_text("N")
+      ->check(CLI::Range(1, 1000));
   command.add_flag("--ops", o->ops, "Also the time, bytes and multiply-adds of every operation of a pass");
   command.add_flag("--json", o->json, "JSON instead of a table, with every run");
   add_example(
@@ -267,6 +282,8 @@ void add_bench(CLI::App& app) {
       "and the KV cache of each sequence (up to -d they share its memory).  --ops times the operations on the\n"
       "calling thread, averages over a pass; an operation's roof is bytes over bandwidth or multiply-adds (mac) over\n"
       "their measured peak, whichever takes longer; bytes that the caches hold may pass it.\n"
+      "--turns: time to the first token, where the chat template drops the reasoning (three quarters) of earlier\n"
+      "answers; beside it the time to read as many tokens as were not reused, at the same place, by prefill alone.\n"
       "With experts streamed (--memory): hits are picks that were in memory, % disk is what was read for a token "
       "times\n"
       "tokens/s over the rate at which the disk gives experts at random, as many at once as a layer picks.");

@@ -18,6 +18,7 @@ struct BenchOptions {
   std::vector<std::int64_t> depths{0};
   std::vector<std::int64_t> parallel;  // numbers of sequences
   int repeats = 3;
+  int turns = 0;
   bool ops = false, json = false;
 };
 
@@ -59,6 +60,14 @@ struct OpsResult {
   std::vector<Trace::Op> ops;
 };
 
+// What a turn of a conversation took until its first token could be chosen.
+struct TurnResult {
+  std::int64_t depth;  // of the history before the first turn
+  int turn;            // from 1
+  std::int64_t tokens, reused, known;
+  double seconds, plain_seconds;  // and reading as many tokens by prefill() at that place; 0: not measured
+};
+
 // The same tokens every time.
 class RandomTokens {
  public:
@@ -81,6 +90,12 @@ struct TracedResults {
 
 // What o.parallel and o.ops ask for, on a traced cpu backend (bench_traced.cpp).
 TracedResults run_traced(const Model& model, const BenchOptions& o, KvType kv);
+// o.turns turns after a history of each depth: -p tokens asked, -n tokens answered (bench_turns.cpp); the context that
+// they need.
+std::vector<TurnResult> run_turns(const Model& model, const BenchOptions& o);
+std::int64_t turns_context(const BenchOptions& o);
+void print_turns(const std::vector<TurnResult>& results);
+nlohmann::ordered_json turns_json(const std::vector<TurnResult>& results);
 // The multiply-adds of the kernels that o names, on as many threads as it names.
 void measure_peaks(Roofs& roofs, const BenchOptions& o);
 

@@ -196,6 +196,7 @@ void add_chat(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("chat", "Talk with the model in the terminal");
   add_model_options(command, o->model);
   add_session_options(command, o->model);
+  add_cache_options(command, o->model);
   add_mtp_option(command, o->model);
   command.add_option("--system", o->system, "The system message")->option_text("TEXT");
   add_sampling_options(command, o->sampling);

@@ -41,6 +41,7 @@ struct ModelOptions {
   std::int64_t context = 0;
   int batch = SessionOptions{}.batch;
   std::string kv;
+  std::string cache_dir, cache_size = "16GiB";
   bool verbose = false;
 };
 
@@ -56,8 +57,8 @@ inline CLI::Option* add_yarn_option(CLI::App& command, double& factor) {
 }
 
 // Bytes of "20GiB", "20GB", "500M" or a plain number; nothing of "auto".
-inline std::optional<std::uint64_t> memory_size(const std::string& text) {
-  if (text == "auto") return {};
+inline std::optional<std::uint64_t> memory_size(const std::string& text, const std::string& option = "--memory") {
+  if (text == "auto" && option == "--memory") return {};
   std::string number = text;
   std::uint64_t bytes = 0;
   bool good = true;
@@ -68,7 +69,9 @@ inline std::optional<std::uint64_t> memory_size(const std::string& text) {
   }
   const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), bytes);
   if (!good || error != std::errc() || end != number.data() + number.size() || bytes == 0)
-    throw CLI::ValidationError("--memory " + text, "expected auto, or a size as 20GiB, 20GB or 500MiB");
+    throw CLI::ValidationError(
+        option + " " + text,
+        std::string("expected ") + (option == "--memory" ? "auto, or " : "") + "a size as 20GiB, 20GB or 500MiB");
   return bytes;
 }
 
@@ -125,6 +128,16 @@ inline void add_session_options(CLI::App& command, ModelOptions& o) {
   command.add_option("--kv", o.kv, "Type of the KV cache: f16, f32 or q8_0 [f16; reference: f32]")
       ->option_text("TYPE")
       ->check(CLI::IsMember({"f16", "f32", "q8_0"}))
+      ->group("Computing");
+}
+
+inline void add_cache_options(CLI::App& command, ModelOptions& o) {
+  command
+      .add_option("--cache-dir", o.cache_dir, "Keep states of long prompts in this folder, and go on from those there")
+      ->option_text("DIR")
+      ->group("Computing");
+  command.add_option("--cache-size", o.cache_size, "Most that the folder may hold; what was not used for longest goes")
+      ->option_text("SIZE [16GiB]")
       ->group("Computing");
 }
 
@@ -188,7 +201,9 @@ inline Model open_model(const ModelOptions& o) {
                                                 .yarn_factor = o.yarn,
                                                 .experts_used = o.experts_used,
                                                 .memory = memory_size(o.memory),
-                                                .expert_profile = file_path(o.expert_profile)});
+                                                .expert_profile = file_path(o.expert_profile),
+                                                .cache_dir = file_path(o.cache_dir),
+                                                .cache_dir_bytes = memory_size(o.cache_size, "--cache-size").value()});
   if (o.verbose) {
     const Config& c = model.config();
     const MemoryPlan plan = model.plan(session_options(o));

@@ -35,7 +35,7 @@ Generated complete(Session& session, const RunOptions& o, const std::string& pro
     out.style(style.reset());
   }
   const auto start = std::chrono::steady_clock::now();
-  session.prefill(tokens, options.on_prefill);
+  const Session::Synced synced = session.sync(tokens, options.on_prefill);
   const double prompt_seconds = seconds_since(start);
   Generated result = session.generate(
       "",
@@ -47,6 +47,8 @@ Generated complete(Session& session, const RunOptions& o, const std::string& pro
   if (is_terminal(stdout)) out.end_line();
   result.prompt_tokens = static_cast<std::int64_t>(tokens.size());
   result.prompt_seconds = prompt_seconds;
+  result.reused_tokens = synced.reused;
+  result.reuse = synced.how;
   return result;
 }
 
@@ -84,6 +86,7 @@ void run(const RunOptions& o) {
   const Generated result = o.chat ? answer(session, o, prompt, options) : complete(session, o, prompt, options);
   finish_output();
   if (!o.quiet) std::cerr << timing_line(result, model) << std::endl;
+  if (o.model.verbose) std::cerr << reuse_line(result.reuse, model) << std::endl;
   const auto experts = model.expert_statistics();
   if (o.model.verbose && experts) std::cerr << experts_line(*experts) << std::endl;
   stop_if_interrupted();
@@ -96,6 +99,7 @@ void add_run(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("run", "Continue a text, or answer one message with --chat");
   add_model_options(command, o->model);
   add_session_options(command, o->model);
+  add_cache_options(command, o->model);
   add_mtp_option(command, o->model);
   auto* prompt = command.add_option("-p,--prompt", o->prompt, "The prompt [standard input]")->option_text("TEXT");
   command.add_option("-f,--file", o->file, "Read the prompt from a file; a last line break is dropped")

@@ -33,6 +33,7 @@ struct SnapshotPosition {
 //   - The last turn is the answer that is asked for: where the next prompt differs if its template drops reasoning.
 //   - The turn before, a user's or a tool's, is what is edited and asked again; the first is where system message and
 //     tools end.  Either only if that saves `least` tokens.
+//   - Of a text without turns, all but the last token, so that the same or a longer one goes on from there.
 //   - In between so that no two states are more than `spacing` apart, where turns begin if possible.
 inline std::vector<SnapshotPosition> snapshot_positions(std::int64_t known, std::int64_t from, std::int64_t to,
                                                         std::span<const std::int64_t> turns, std::int64_t spacing) {
@@ -46,11 +47,11 @@ inline std::vector<SnapshotPosition> snapshot_positions(std::int64_t known, std:
   };
   const auto first = std::upper_bound(turns.begin(), turns.end(), std::max<std::int64_t>(0, least - 1));
   const std::int64_t system = first != turns.end() ? *first : 0;
-  const std::int64_t answer = turns.empty() ? 0 : turns.back();
+  const std::int64_t answer = turns.empty() ? to - 1 : turns.back();
   const std::int64_t message = turns.size() < 2 ? 0 : turns[turns.size() - 2];
   // The turns of interest, each at the end of a stretch to be filled.
   for (const auto& [stop, apart] :
-       {std::pair{system, least}, {message, least}, {answer, std::int64_t{1}}, {to, to + 1}}) {
+       {std::pair{system, least}, {message, least}, {answer, turns.empty() ? least : 1}, {to, to + 1}}) {
     while (stop - last > spacing) {
       const auto after = std::upper_bound(turns.begin(), turns.end(), last + spacing);
       const std::int64_t turn = after == turns.begin() ? 0 : *(after - 1);

@@ -23,6 +23,8 @@ struct Reuse {
   std::int64_t known = 0;
   std::int32_t was = -1, is = -1;
 
+  std::string trouble{};  // why a file of the cache folder could not be used or written; empty: none was in the way
+
   // The prompt is another than what was read before, not a longer one.
   bool diverged() const noexcept { return known > 0 && was >= 0; }
 };
@@ -37,6 +39,7 @@ constexpr std::string_view name(Reuse::Source source) noexcept {
 inline std::string describe(const Reuse& r, const std::function<std::string(std::int32_t token)>& spell) {
   std::string line = concat("reused ", r.reused, " of ", r.tokens, " tokens");
   if (r.reused > 0) line += concat(" (", name(r.source), ")");
+  if (!r.trouble.empty()) line += concat("; ", r.trouble);
   if (!r.diverged()) {
     if (r.known > r.reused) line += concat("; ", r.known - r.reused, " more were known, without a state after them");
     return line;

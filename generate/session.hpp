@@ -53,6 +53,7 @@ QWEN3NEXT_INLINE Model Model::open(const std::filesystem::path& path, const Opti
   }
   shared->prefixes = std::make_unique<PrefixCache>(detail::prefix_cache_memory(shared->checkpoint, options, memory),
                                                    std::move(charge));
+  if (!options.cache_dir.empty()) shared->folder.emplace(options.cache_dir, options.cache_dir_bytes);
   shared->backend = options.backend;
   shared->engine = make_engine(config, shared->checkpoint.weights, engine);
   Model model;
@@ -207,6 +208,56 @@ QWEN3NEXT_INLINE void Session::keep_timeline() {
   prefixes_->insert(kv(), tokens_, {timeline_->snapshot(), logits_}, false);
 }
 
+QWEN3NEXT_INLINE PrefixCache::Found Session::read_folder(std::span<const std::int32_t> tokens, std::int64_t known) {
+  PrefixCache::Found found;
+  const auto& folder = model_.shared_->folder;
+  if (!folder) return found;
+  for (const StateFolder::Entry& entry : folder->find(model_.identity(), kv(), tokens)) {
+    if (entry.position <= known || entry.position == static_cast<std::int64_t>(tokens.size())) continue;
+    try {
+      SavedStates saved = read_state_file(entry.path, model_.identity(), *model_.shared_->engine, kv(), context_,
+                                          model_.config().vocab_size);
+      const auto beginning = tokens.first(static_cast<std::size_t>(entry.position));
+      if (!std::ranges::equal(saved.tokens, beginning)) continue;  // of the same hash
+      StateFolder::touch(entry.path);
+      found.position = found.known = written_ = entry.position;
+      mine_ = false;
+      found.state.snapshot = std::move(saved.states.back().snapshot);
+      prefixes_->insert(kv(), beginning, found.state, true);
+      return found;
+    } catch (const Error& e) {  // damaged, or another process has just removed it: its tokens are read instead
+      trouble_ = e.what();
+    }
+  }
+  return found;
+}
+
+// A file holds all keys and values up to its state, so a conversation gets a new one when it has grown by an eighth.
+QWEN3NEXT_INLINE void Session::remember(std::span<const std::int32_t> tokens, std::int64_t position, bool system,
+                                        const std::shared_ptr<const TimelineSnapshot>& state) {
+  constexpr std::int64_t least = 256;
+  if (!model_.shared_->folder || position - (system ? 0 : written_) < std::max(least, position / 8)) return;
+  const auto beginning = tokens.first(static_cast<std::size_t>(position));
+  (system ? system_ : conversation_) =
+      SavedStates{kv(), {beginning.begin(), beginning.end()}, {}, {{position, true, state}}};
+}
+
+QWEN3NEXT_INLINE void Session::write_folder() {
+  const std::optional<SavedStates> system = std::exchange(system_, {}), conversation = std::exchange(conversation_, {});
+  if (!system && !conversation) return;
+  const StateFolder& folder = *model_.shared_->folder;
+  try {
+    if (system) folder.store(model_.identity(), *system);
+    if (!conversation || !folder.store(model_.identity(), *conversation)) return;
+    if (mine_)
+      folder.remove(model_.identity(), kv(), std::span(conversation->tokens).first(static_cast<std::size_t>(written_)));
+    written_ = static_cast<std::int64_t>(conversation->tokens.size());
+    mine_ = true;
+  } catch (const Error& e) {  // a full disk costs time later, not the answer now
+    trouble_ = e.what();
+  }
+}
+
 QWEN3NEXT_INLINE Session::Synced Session::sync(std::span<const std::int32_t> tokens, const Progress& progress) {
   std::vector<std::int64_t> turns;
   if (const std::optional<std::int32_t> start = model_.turn_token()) {
@@ -227,9 +278,14 @@ QWEN3NEXT_INLINE Session::Synced Session::sync(std::span<const std::int32_t> tok
   const auto n = static_cast<std::ptrdiff_t>(std::min(asked, held));
   const std::int64_t same = std::mismatch(tokens_.begin(), tokens_.begin() + n, tokens.begin()).first - tokens_.begin();
   const bool goes_on = held > 0 && same == held && (held < asked || !logits_.empty());
+  write_folder();
+  if (same < written_) written_ = 0, mine_ = false;
   PrefixCache::Found found = prefixes_->find(kv(), tokens);
+  const PrefixCache::Found on_disk = read_folder(tokens, std::max(found.position, goes_on ? held : 0));
+  if (on_disk.position > 0) found.position = on_disk.position, found.state = on_disk.state;
+  if (on_disk.position > found.known) found.known = on_disk.position, found.next = -1;
 
-  Reuse how{.tokens = asked, .known = found.known, .was = found.next};
+  Reuse how{.tokens = asked, .known = found.known, .was = found.next, .trouble = std::exchange(trouble_, {})};
   if (same >= found.known && held > 0) {
     how.known = same;
     how.was = same < held ? tokens_[static_cast<std::size_t>(same)] : -1;
@@ -241,7 +297,7 @@ QWEN3NEXT_INLINE Session::Synced Session::sync(std::span<const std::int32_t> tok
   } else {
     keep_timeline();
     if (found.state.snapshot) {
-      how.source = Reuse::Source::memory;
+      how.source = on_disk.position > 0 ? Reuse::Source::disk : Reuse::Source::memory;
       timeline_->restore(*found.state.snapshot);
       tokens_.assign(tokens.begin(), tokens.begin() + found.position);
       logits_ = found.state.logits;
@@ -261,12 +317,16 @@ QWEN3NEXT_INLINE Session::Synced Session::sync(std::span<const std::int32_t> tok
   }
   found = {};
   std::size_t kept = 0;
+  const std::int64_t system = turns.size() < 3 ? 0 : turns[1];  // where its turn ends
   const std::span<const std::int32_t> missing = tokens.subspan(static_cast<std::size_t>(how.reused));
   append(missing, [&] {
     const std::span<const float> logits =
         timeline_->append(missing, progress, keep, [&](std::int64_t count, auto snapshot) {
-          prefixes_->insert(kv(), tokens.first(static_cast<std::size_t>(how.reused + count)), {std::move(snapshot), {}},
-                            turn[kept++]);
+          const std::int64_t position = how.reused + count;
+          const bool begins_turn = turn[kept++];
+          if (begins_turn) remember(tokens, position, position == system, snapshot);
+          prefixes_->insert(kv(), tokens.first(static_cast<std::size_t>(position)), {std::move(snapshot), {}},
+                            begins_turn);
         });
     logits_.assign(logits.begin(), logits.end());
   });
@@ -326,8 +386,8 @@ QWEN3NEXT_INLINE void Session::save(const std::filesystem::path& path) const {
 }
 
 QWEN3NEXT_INLINE void Session::load(const std::filesystem::path& path) {
-  SavedStates saved = read_state_file(path, model_.identity(), *model_.shared_->engine, kv(), context_,
-                                      model_.config().vocab_size);
+  SavedStates saved =
+      read_state_file(path, model_.identity(), *model_.shared_->engine, kv(), context_, model_.config().vocab_size);
   timeline_->restore(*saved.states.back().snapshot);
   tokens_ = std::move(saved.tokens);
   logits_ = std::move(saved.logits);
@@ -380,6 +440,7 @@ QWEN3NEXT_INLINE Generated Session::generate(std::string_view prompt, const OnTe
   result.prompt_tokens = static_cast<std::int64_t>(tokens.size());
   result.prompt_seconds = detail::seconds_since(start);
   run(logits, options, on_text, result);
+  write_folder();
   return result;
 }
 
@@ -409,6 +470,7 @@ QWEN3NEXT_INLINE Answer Session::chat(const nlohmann::ordered_json& messages, co
   run(
       synced.logits, options, [&](std::string_view piece) { return give(parser.push(piece)); }, answer.generated);
   give(parser.finish());
+  write_folder();
   return answer;
 }
 

@@ -84,13 +84,14 @@ TEST_CASE("what was restored is bit for bit what was kept") {
     const Model model = Model::open(tiny, s.options);
     const SessionOptions options{.context = 2048, .kv = s.kv, .batch = 64, .snapshot_spacing = 1024};
     const Tokens history = random_tokens(130, 5), question = random_tokens(40, 6), aside = random_tokens(33, 7);
+    const std::int64_t one_turn[] = {0};
     Session session = model.session(options);
-    session.sync(history, std::span<const std::int64_t>());
-    session.sync(aside, std::span<const std::int64_t>());  // the timeline goes, its state is kept
-    const Session::Synced back = session.sync(history + question, std::span<const std::int64_t>());
+    session.sync(history, one_turn);
+    session.sync(aside, one_turn);  // the timeline goes, its state is kept
+    const Session::Synced back = session.sync(history + question, one_turn);
     CHECK(back.reused == 130);
     CHECK(copy(back.logits) == straight(model, options, {history, question}));  // the same splits: the same bits
-    const Session::Synced again = session.sync(history, std::span<const std::int64_t>());
+    const Session::Synced again = session.sync(history, one_turn);
     CHECK(again.reused == 130);
     CHECK(copy(again.logits) == straight(model, options, {history}));
   }

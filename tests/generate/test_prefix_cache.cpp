@@ -29,6 +29,10 @@ class FakeSnapshot final : public TimelineSnapshot {
     for (const auto& piece : pieces_) out.push_back({piece.get(), 10, piece.use_count() - 1});
     out.push_back({this, 100, 1});
   }
+  void kv_bytes(const BytesSink&) const override {}
+  void state_bytes(const BytesSink&) const override {}
+  std::int64_t mtp_position() const override { return 0; }
+  bool begins(const TimelineSnapshot&) const override { return true; }
 
  private:
   std::vector<std::shared_ptr<int>> pieces_;
@@ -51,9 +55,9 @@ struct Fixture {
 
 TEST_CASE("states are kept where turns begin at the end, and evenly in between") {
   const std::vector<std::int64_t> none;
-  CHECK(snapshot_positions(0, 0, 1000, none, 400) == Positions{{400, false}, {800, false}});
-  CHECK(snapshot_positions(0, 0, 400, none, 400) == Positions{});
-  CHECK(snapshot_positions(0, 600, 1000, none, 400) == Positions{{800, false}});
+  CHECK(snapshot_positions(0, 0, 1000, none, 400) == Positions{{400, false}, {800, false}, {999, true}});
+  CHECK(snapshot_positions(0, 0, 400, none, 400) == Positions{{399, true}});
+  CHECK(snapshot_positions(0, 600, 1000, none, 400) == Positions{{800, false}, {999, true}});
   // The system message, the user's turn, the answer's.
   CHECK(snapshot_positions(0, 0, 210, std::vector<std::int64_t>{0, 100, 200}, 400) ==
         Positions{{100, true}, {200, true}});
