@@ -55,6 +55,7 @@
 #include "generate/prefix_cache.hpp"
 #include "generate/reuse.hpp"
 #include "generate/sampler.hpp"
+#include "generate/speculate.hpp"
 #include "generate/state_folder.hpp"
 #include "model/config.hpp"
 #include "model/memory_plan.hpp"
@@ -97,6 +98,7 @@ struct SessionOptions {
   std::optional<KvType> kv{};  // KV cache type; nothing: f16 on cpu, f32 on reference
   int batch = 2048;            // most tokens that go through the layers at a time: more is faster and takes more memory
   std::int64_t snapshot_spacing = 4096;  // most tokens of a long prompt between two states that sync() keeps
+  bool mtp = true;                       // be ready to guess ahead with the MTP head, if the model has one
 };
 
 class Session;
@@ -221,7 +223,18 @@ class Session {
   // Throws Error if they do not fit the context or are not in the vocabulary, Cancelled if `progress` returns false
   // (tokens done until then stay: see tokens()).
   std::span<const float> prefill(std::span<const std::int32_t> tokens, const Progress& progress = {});
-  std::span<const float> decode(std::int32_t token) { return prefill({&token, 1}); }
+  std::span<const float> decode(std::int32_t token);
+
+  // From now on, decode() and decode_together() guess ahead: the MTP head drafts up to `drafts` tokens (1..4;
+  // auto_drafts: as many as pay) that `sampler`, which belongs to the caller and samples from this session's logits,
+  // would choose, and the model reads them along with the one that is given.  For a token that was guessed, the logits
+  // are there without a pass: bit for bit those of a pass.  nullptr: no more guesses.
+  // Throws Error if the session cannot: no MTP head, or not for all that the session holds; auto_drafts then does
+  // without.
+  void speculate(Sampler* sampler, int drafts = auto_drafts);
+  // Whether decode() of this token would need no pass.
+  bool foresees(std::int32_t token) const noexcept;
+  MtpStatistics mtp_statistics() const noexcept { return speculation_.statistics; }  // of all guesses until now
 
   // Makes the timeline hold exactly `tokens`, computing only what no session of this Model has read: it goes on from
   // the timeline if that is a beginning of `tokens`, else from the longest beginning whose state was kept.  States are
@@ -269,6 +282,24 @@ class Session {
   friend void decode_together(std::span<Turn> turns);
   Session(Model model, const SessionOptions& options, std::int64_t context);
 
+  // Guesses ahead of what the session holds.
+  struct Speculation {
+    Sampler* sampler = nullptr;
+    int drafts = auto_drafts;
+    DraftDepth depth;
+    MtpStatistics statistics;
+    std::vector<std::int32_t> tokens;  // of the last pass: one, and guesses of those after it
+    std::vector<float> logits;         // [tokens, V] that follow them
+    std::size_t rows = 0, next = 0;    // rows of logits that are there; the first token that was not asked for yet
+    double seconds = 0;                // that they took
+  };
+  int drafts_possible() const;
+  int draft_vocabulary() const;
+  void take_guess();
+  void end_round();
+  void prepare(std::span<const Turn> turns);
+  void keep_logits(const Turn& turn, std::span<const float> logits, bool tentative);
+
   void check_room(std::size_t count) const;
   template <class Work>
   void append(std::span<const std::int32_t> tokens, Work work);
@@ -302,8 +333,13 @@ class Session {
   std::unique_ptr<PrefixCache, Trim> prefixes_;  // the model's
   std::unique_ptr<Timeline> timeline_;
   std::vector<std::int32_t> tokens_;
-  std::vector<float> logits_;        // those that follow the last token
-  std::vector<TimelineTurn> turns_;  // of decode_together(), if this session is the first
+  std::vector<float> logits_;  // those that follow the last token
+  Speculation speculation_;
+  // Of decode_together(), if this session is the first: what takes part in the pass, what needs none.
+  std::vector<TimelineTurn> parts_;
+  std::vector<std::size_t> turn_of_part_, foreseen_;
+  std::vector<ChooseDraft> choose_;
+  std::vector<DraftTurn> drafts_;
 
   std::optional<SavedStates> system_, conversation_;  // to be written to the folder
   std::int64_t written_ = 0;                          // tokens of the timeline that a file holds
@@ -320,9 +356,10 @@ struct Turn {
 
 // Session::prefill() of several sessions of one Model in the same forward passes: weights are read once for all, so
 // that 8 sequences take much less time than 8 times one.  Each gets what it would get alone, up to rounding.  Passes
-// have as many rows as the first session's `batch`.  All sessions belong to the caller's thread meanwhile. Throws Error
-// if the turns are of different models, name a session twice, do not fit a context or are not in the vocabulary;
-// nothing has changed then.
+// have as many rows as the first session's `batch`.  Sessions that speculate() guess ahead together; take what they
+// foresee by decode() first, so that all have work for the next pass.  All sessions belong to the caller's thread
+// meanwhile. Throws Error if the turns are of different models, name a session twice, do not fit a context or are not
+// in the vocabulary; nothing has changed then.
 void decode_together(std::span<Turn> turns);
 
 }  // namespace qwen3next

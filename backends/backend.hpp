@@ -11,6 +11,7 @@
 #include <functional>
 #include <initializer_list>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "blocks/weight_view.hpp"
@@ -18,14 +19,19 @@
 namespace qwen3next {
 
 // Rows [begin, begin + count) of a batch are consecutive tokens of one sequence, the first at `position`; `state` is
-// what that sequence keeps in the layer at hand.
+// what that sequence keeps in the layer at hand.  Rows that are `tentative` (guesses to be checked) leave a DeltaNet
+// state as it is until accept() says how many of them are to stay; their results are as if all did.
 template <class State>
 struct Segment {
   int begin;
   int count;
   std::int64_t position;
   State* state;
+  bool tentative = false;
 };
+
+// Most tentative rows of a sequence in a pass.  So few rows, tentative or not, are bit for bit as many passes of one.
+inline constexpr int max_tentative_rows = 5;
 
 // y = W x for one of the matrices that share an input.
 template <class Weight, class Tensor>
@@ -81,7 +87,14 @@ concept BackendOps = requires(B& be, typename B::Tensor t, const typename B::Wei
     cache.extend(int());
     cache.blocks(blocks);
   };
+  // The first n rows of the tentative pass before stay, the others are forgotten.  A backend may put the work off to
+  // the next pass; settle() does it now.
+  requires requires(typename B::DeltaState state, int rows) { state.accept(rows); };
+  be.settle(std::declval<typename B::DeltaState&>(), ds);
   { be.host(t) } -> std::same_as<std::span<const float>>;  // one row, to read on the host until the next call
+  be.set_host(t, std::span<const float>());                // one row, from the host
+  be.copy(t, t);                                           // out = x
+  { w.slice(n, n) } -> std::same_as<typename B::Weight>;   // rows [n, n + n) of a contiguous matrix
   { t.rows(n, n) } -> std::same_as<typename B::Tensor>;
   { t.columns(n, n) } -> std::same_as<typename B::Tensor>;
 
@@ -113,6 +126,7 @@ concept BackendOps = requires(B& be, typename B::Tensor t, const typename B::Wei
 
   // Appends k, v [T, Hkv D] to the caches and attends causally: out [T, Hq D] = softmax(q k / sqrt(D)) v.
   be.attention(t, t, t, t, as, kv);  // out, q, k, v
+  be.append_kv(t, t, as, kv);        // the first half of it alone
 
   // x *= sigmoid(gate), elementwise.
   be.sigmoid_gate(t, t);

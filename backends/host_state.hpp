@@ -17,18 +17,54 @@
 namespace qwen3next {
 
 // A DeltaNet layer's memory of a sequence, independent of its length.
+//
+// Tentative rows are journalled, and the state stays.  What is accepted of them enters the window of the convolution at
+// once, but S only when it is read next: so that checking guesses moves no more memory than decoding, and never copies
+// S.
 struct HostDeltaState {
   HostDeltaState() = default;
   explicit HostDeltaState(DeltaShape s)
       : S(sizeof(float) * static_cast<std::size_t>(s.value_heads) * static_cast<std::size_t>(s.value_dim) *
           static_cast<std::size_t>(s.key_dim)),
-        conv(sizeof(float) * static_cast<std::size_t>(s.conv_kernel - 1) * static_cast<std::size_t>(s.conv_dim())) {}
+        conv(sizeof(float) * static_cast<std::size_t>(s.conv_kernel - 1) * static_cast<std::size_t>(s.conv_dim())),
+        channels(s.conv_dim()),
+        heads(s.value_heads) {}
 
   AlignedBytes S;     // f32 [Hv, Dv, Dk]: transposed, so that S^T k and S^T q read rows
   AlignedBytes conv;  // f32 [K-1, channels]: the last inputs of the convolution, oldest first
 
   // For files: S, conv.
   void bytes(const BytesSink& sink) const { sink({S.data(), S.size()}), sink({conv.data(), conv.size()}); }
+  // Of tentative rows: what the convolution read and made [rows, channels], and the gates [rows, Hv].
+  int channels = 0, heads = 0;
+  std::vector<float> inputs, qkv, beta, g;
+  int accepted = 0;  // so many of these rows are yet to enter S
+
+  void keep_inputs(int row, const float* x) { keep(inputs, row, x, channels); }
+  void keep_rows(int row, const float* conv_output, const float* beta_of_heads, const float* g_of_heads) {
+    keep(qkv, row, conv_output, channels);
+    keep(beta, row, beta_of_heads, heads);
+    keep(g, row, g_of_heads, heads);
+  }
+  void accept(int rows) noexcept {
+    accepted = rows;
+    const auto C = static_cast<std::size_t>(channels), window = conv.size() / sizeof(float) / C;
+    const std::size_t n = std::min(static_cast<std::size_t>(rows), window), kept = window - n;
+    float* past = conv.floats();
+    std::copy_n(past + n * C, kept * C, past);
+    std::copy_n(inputs.data() + (static_cast<std::size_t>(rows) - n) * C, n * C, past + kept * C);
+  }
+  // The accepted rows are in S now; gives the journal's memory back.
+  void settled() noexcept {
+    accepted = 0;
+    for (std::vector<float>* v : {&inputs, &qkv, &beta, &g}) std::vector<float>().swap(*v);
+  }
+
+ private:
+  static void keep(std::vector<float>& rows, int row, const float* x, int n) {
+    if (rows.empty()) rows.resize(static_cast<std::size_t>(max_tentative_rows) * static_cast<std::size_t>(n));
+    std::copy_n(x, n, rows.begin() + std::ptrdiff_t{row} * n);
+  }
 };
 
 // Keys and values of one attention layer and sequence, in blocks of 256 positions that copies of the cache share until
@@ -65,10 +101,13 @@ class HostKvCache {
     while (blocks_.size() < needed) blocks_.push_back(new_block());
     return first;
   }
-  // Forgets all but the first `length` positions.
+  // Forgets all but the first `length` positions.  A block that was this cache's alone is used again: guesses are
+  // taken back all the time, and a slab does not take blocks back.
   void truncate(std::int64_t length) noexcept {
     length_ = length;
-    blocks_.resize(static_cast<std::size_t>((length + block_positions - 1) / block_positions));
+    const auto blocks = static_cast<std::size_t>((length + block_positions - 1) / block_positions);
+    if (blocks < blocks_.size() && blocks_[blocks].use_count() == 1) spare_ = std::move(blocks_[blocks]);
+    blocks_.resize(blocks);
   }
   std::byte* key_row(std::int64_t position, int head) noexcept {
     return blocks_[static_cast<std::size_t>(position / block_positions)]->data + plane(head) +
@@ -124,6 +163,7 @@ class HostKvCache {
   std::size_t block_bytes() const noexcept { return 2 * plane(heads_); }
 
   std::shared_ptr<Block> new_block() {
+    if (spare_ && spare_.use_count() == 1) return std::move(spare_);
     std::size_t at = slab_ ? slab_->used.fetch_add(1) : 0;
     if (!slab_ || at >= slab_->count) {
       // As much again as there is, up to a large page: little is left over in a short text.
@@ -137,6 +177,7 @@ class HostKvCache {
   }
 
   std::vector<std::shared_ptr<Block>> blocks_;
+  std::shared_ptr<Block> spare_;
   std::shared_ptr<Slab> slab_;
   std::int64_t length_ = 0;
   int heads_ = 0;

@@ -141,7 +141,7 @@ class Bench {
 };
 
 void print_json(const Model& model, const BenchOptions& o, const Roofs& roofs, const std::vector<BenchResult>& results,
-                const std::vector<OpsResult>& ops) {
+                const std::vector<MtpResult>& mtp, const std::vector<OpsResult>& ops) {
   ordered_json json{{"read_bandwidth_gb_s", roofs.bandwidth / 1e9}};
   if (roofs.experts > 0) json["expert_bandwidth_gb_s"] = roofs.experts / 1e9;
   if (o.ops) {
@@ -167,6 +167,7 @@ void print_json(const Model& model, const BenchOptions& o, const Roofs& roofs, c
                                      {"percent_of_disk", 100 * r.median() * r.read_per_token / roofs.experts}});
     }
   }
+  for (ordered_json& r : mtp_json(mtp)) json["results"].push_back(std::move(r));
   if (o.ops) json["operations"] = operations_json(ops, roofs);
   std::cout << json.dump(2) << "\n";
 }
@@ -185,7 +186,7 @@ void print_streaming(const Model& model, const Roofs& roofs, const std::vector<B
 }
 
 void print_table(const Model& model, const BenchOptions& o, const Roofs& roofs, const std::vector<BenchResult>& results,
-                 const std::vector<OpsResult>& ops) {
+                 const std::vector<MtpResult>& mtp, const std::vector<OpsResult>& ops) {
   const Style style(stdout);
   std::cout << model.backend_description() << "; memory read at " << format("%.1f GB/s", roofs.bandwidth / 1e9) << "\n"
             << style.bold() << format("%-18s %8s %10s %12s %8s", "what", "depth", "tokens/s", "MB/token", "% roof")
@@ -198,15 +199,18 @@ void print_table(const Model& model, const BenchOptions& o, const Roofs& roofs, 
                         100 * r.median() * r.bytes_per_token / roofs.bandwidth);
   }
   if (roofs.experts > 0) print_streaming(model, roofs, results);
+  if (!mtp.empty()) print_mtp(mtp);
   if (o.ops) print_operations(ops, roofs);
 }
 
 void bench(const BenchOptions& o) {
   if (o.prefill == 0 && o.decode == 0) throw CLI::ValidationError("-p and -n", "both are 0: nothing to measure");
   if (o.decode == 0 && !o.parallel.empty()) throw CLI::ValidationError("--parallel", "needs -n of at least 1");
-  if (o.model.backend != "cpu" && (o.ops || !o.parallel.empty()))
-    throw CLI::ValidationError("--ops and --parallel", "measure the cpu backend alone");
+  if (o.model.backend != "cpu" && (o.ops || o.mtp || !o.parallel.empty()))
+    throw CLI::ValidationError("--ops, --mtp and --parallel", "measure the cpu backend alone");
   const Model model = open_model(o.model);
+  const bool guessing = o.mtp && o.model.mtp != "0";
+  if (guessing && !model.config().has_mtp) throw Error(o.model.path + ": has no MTP head; leave --mtp out");
   if (o.turns > 0) {
     const std::vector<TurnResult> turns = run_turns(model, o);
     if (!o.json) return print_turns(turns);
@@ -218,8 +222,8 @@ void bench(const BenchOptions& o) {
     return;
   }
   const bool streamed = model.plan(session_options(o.model)).streamed();
-  if (streamed && (o.ops || !o.parallel.empty()))
-    throw CLI::ValidationError("--ops and --parallel", "measure mapped weights; here experts would be streamed");
+  if (streamed && (o.ops || guessing || !o.parallel.empty()))
+    throw CLI::ValidationError("--ops, --mtp and --parallel", "measure mapped weights; here experts would be streamed");
   Bench bench(model, o);
   Roofs roofs{.bandwidth = measure_read_bandwidth(),
               .experts = streamed ? measure_expert_bandwidth(model.checkpoint()) : 0};
@@ -227,8 +231,10 @@ void bench(const BenchOptions& o) {
   TracedResults traced;
   if (!interrupted() && (o.ops || !o.parallel.empty())) traced = run_traced(model, o, bench.kv());
   results.insert(results.end(), traced.parallel.begin(), traced.parallel.end());
+  const std::vector<MtpResult> mtp =
+      guessing && !interrupted() ? run_mtp(model, o, bench.kv()) : std::vector<MtpResult>();
   if (o.ops) measure_peaks(roofs, o);
-  o.json ? print_json(model, o, roofs, results, traced.ops) : print_table(model, o, roofs, results, traced.ops);
+  (o.json ? print_json : print_table)(model, o, roofs, results, mtp, traced.ops);
   finish_output();
   stop_if_interrupted();
 }
@@ -242,6 +248,10 @@ void add_bench(CLI::App& app) {
   add_session_options(command, o->model);
   command.get_option("--ctx")->description("Most tokens of a session [what -d, -p and -n need]");
   add_mtp_option(command, o->model);
+  command.get_option("--mtp")
+      ->description("Also decode with so many guesses of the MTP head, beside none, in turns")
+      ->option_text("N|auto")
+      ->group("");
   const auto count = CLI::Range(std::int64_t{0}, std::int64_t{1} << 30);
   command.add_option("-p,--prefill", o->prefill, "Tokens to read at once; 0: leave it out")
       ->option_text("N [512]")
@@ -268,6 +278,13 @@ void add_bench(CLI::App& app) {
                   "Instead: so many turns of a chat with -d tokens of history, -p asked and -n answered in each")
       ->option_text("N")
       ->check(CLI::Range(1, 1000));
+  command.get_option("--mtp")->group("OPTIONS");
+  command
+      .add_option("--accept", o->accept,
+                  "With --mtp: each guess is right with this probability, whatever the model says")
+      ->option_text("P")
+      ->needs("--mtp")
+      ->check(CLI::Range(0., 1.));
   command.add_flag("--ops", o->ops, "Also the time, bytes and multiply-adds of every operation of a pass");
   command.add_flag("--json", o->json, "JSON instead of a table, with every run");
   add_example(
@@ -284,10 +301,15 @@ void add_bench(CLI::App& app) {
       "their measured peak, whichever takes longer; bytes that the caches hold may pass it.\n"
       "--turns: time to the first token, where the chat template drops the reasoning (three quarters) of earlier\n"
       "answers; beside it the time to read as many tokens as were not reused, at the same place, by prefill alone.\n"
+      "--mtp gives tokens/s with and without guessing; gain is their ratio, possible what the bytes moved for a token\n"
+      "would allow (experts as they were picked), by the model's own choices or with --accept for random tokens.\n"
       "With experts streamed (--memory): hits are picks that were in memory, % disk is what was read for a token "
       "times\n"
       "tokens/s over the rate at which the disk gives experts at random, as many at once as a layer picks.");
-  command.callback([o] { bench(*o); });
+  command.callback([o, &command] {
+    o->mtp = command.count("--mtp") > 0;
+    bench(*o);
+  });
 }
 
 }  // namespace qwen3next::cli

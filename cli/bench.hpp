@@ -19,7 +19,8 @@ struct BenchOptions {
   std::vector<std::int64_t> parallel;  // numbers of sequences
   int repeats = 3;
   int turns = 0;
-  bool ops = false, json = false;
+  bool ops = false, mtp = false, json = false;
+  double accept = -1;  // of the MTP head's guesses: forced to be right with this probability; -1: as they are
 };
 
 // What the machine can do at most, all processors together.
@@ -34,6 +35,12 @@ struct Roofs {
   }
 };
 
+inline double median(std::vector<double> s) {
+  std::sort(s.begin(), s.end());
+  const std::size_t middle = s.size() / 2;
+  return s.size() % 2 ? s[middle] : (s[middle - 1] + s[middle]) / 2;
+}
+
 // One line of the table: tokens per second of all sequences together.
 struct BenchResult {
   std::string kind;  // prefill, decode or parallel
@@ -43,12 +50,21 @@ struct BenchResult {
   double read_per_token = 0;  // bytes of streamed experts, mean of all runs
   double hit_rate = 0;        // likewise
 
-  double median() const {
-    std::vector<double> s = samples;
-    std::sort(s.begin(), s.end());
-    const std::size_t middle = s.size() / 2;
-    return s.size() % 2 ? s[middle] : (s[middle - 1] + s[middle]) / 2;
-  }
+  double median() const { return cli::median(samples); }
+};
+
+// Decoding with guesses of the MTP head beside decoding without, in turns.
+struct MtpResult {
+  int drafts;
+  double accept;
+  std::int64_t tokens, depth;
+  std::vector<double> guessing{}, plain{};  // tokens per second
+  double bytes = 0, plain_bytes = 0;        // moved for a token: what was guessed and checked, experts as picked
+  MtpStatistics statistics{};
+
+  double gain() const { return median(guessing) / median(plain); }
+  // At the same bytes per second.
+  double possible_gain() const { return plain_bytes / bytes; }
 };
 
 // The operations of `passes` forward passes, all together.
@@ -71,7 +87,9 @@ struct TurnResult {
 // The same tokens every time.
 class RandomTokens {
  public:
-  explicit RandomTokens(const Config& c) : vocabulary_(static_cast<std::uint64_t>(c.vocab_size)) {}
+  explicit RandomTokens(const Config& c) : RandomTokens(c.vocab_size, 1) {}
+  RandomTokens(int vocabulary, std::uint64_t seed)
+      : random_(seed), vocabulary_(static_cast<std::uint64_t>(vocabulary)) {}
   std::vector<std::int32_t> operator()(std::int64_t n) {
     std::vector<std::int32_t> tokens(static_cast<std::size_t>(n));
     for (std::int32_t& token : tokens) token = static_cast<std::int32_t>(random_() % vocabulary_);
@@ -79,7 +97,7 @@ class RandomTokens {
   }
 
  private:
-  std::mt19937_64 random_{1};
+  std::mt19937_64 random_;
   std::uint64_t vocabulary_;
 };
 
@@ -96,6 +114,10 @@ std::vector<TurnResult> run_turns(const Model& model, const BenchOptions& o);
 std::int64_t turns_context(const BenchOptions& o);
 void print_turns(const std::vector<TurnResult>& results);
 nlohmann::ordered_json turns_json(const std::vector<TurnResult>& results);
+// What o.model.mtp and o.accept ask for (bench_mtp.cpp).
+std::vector<MtpResult> run_mtp(const Model& model, const BenchOptions& o, KvType kv);
+void print_mtp(const std::vector<MtpResult>& results);
+nlohmann::ordered_json mtp_json(const std::vector<MtpResult>& results);
 // The multiply-adds of the kernels that o names, on as many threads as it names.
 void measure_peaks(Roofs& roofs, const BenchOptions& o);
 

@@ -1,10 +1,7 @@
 // bench --ops: where the time of a forward pass goes, operation by operation, beside what the machine could do.
 
-#include "cli/bench.hpp"
-
-#include "backends/cpu/cpu_backend.hpp"
 #include "bench/peak.hpp"
-#include "generate/backend_engine.hpp"
+#include "cli/traced_model.hpp"
 
 namespace qwen3next::cli {
 
@@ -28,23 +25,16 @@ void name_products(Trace& trace, const ModelWeights<Views>& w) {
   trace.name_product(w.lm_head, "linear lm_head");
 }
 
-// The model on a traced backend, without Model and Session.
 class TracedBench {
  public:
   TracedBench(const Model& model, const BenchOptions& o, KvType kv)
-      : o_(o),
-        c_(model.config()),
-        kv_(kv),
-        cpu_(resolve_cpu_options(o.model.isa, o.model.threads)),
-        random_tokens_(c_) {
-    cpu_.kv = kv;
-    zip(model.checkpoint().weights, weights_, [](const auto& view, auto& mine) { mine = view; });
+      : o_(o), model_(model, o, kv), random_tokens_(model.config()) {
     name_products(trace_, model.checkpoint().weights);
   }
 
   TracedResults run() {
     TracedResults results;
-    const auto timeline = make_timeline(o_.model.batch);
+    const auto timeline = model_.timeline(o_.model.batch);
     for (const std::int64_t depth : o_.depths) {
       timeline->reset();
       if (depth > 0) read(*timeline, random_tokens_(depth));
@@ -61,11 +51,6 @@ class TracedBench {
   }
 
  private:
-  using B = Traced<CpuBackend>;
-
-  std::unique_ptr<Timeline> make_timeline(int batch) {
-    return std::make_unique<BackendTimeline<B>>(B(CpuBackend(cpu_), trace_), c_, weights_, kv_, batch);
-  }
   static void read(Timeline& timeline, std::span<const std::int32_t> tokens) {
     timeline.append(tokens, [](std::int64_t, std::int64_t) { return !interrupted(); });
   }
@@ -96,7 +81,7 @@ class TracedBench {
     OpsResult ops{"decode", o_.decode, first.position(), count, 0, 0, {}};
     std::vector<std::unique_ptr<Timeline>> others;
     std::vector<TimelineTurn> turns{{&first, {}}};
-    for (std::size_t s = 1; s < S; ++s) turns.push_back({others.emplace_back(make_timeline(1)).get(), {}});
+    for (std::size_t s = 1; s < S; ++s) turns.push_back({others.emplace_back(model_.timeline(1)).get(), {}});
     const TurnSink sink = [](std::size_t, std::span<const float>) {};
     auto step = [&](std::span<const std::int32_t> tokens) {
       if (interrupted()) throw Cancelled();
@@ -122,11 +107,8 @@ class TracedBench {
   }
 
   const BenchOptions& o_;
-  const Config& c_;
-  KvType kv_;
-  CpuOptions cpu_;
-  Trace trace_;
-  ModelWeights<B> weights_;
+  TracedModel model_;
+  Trace& trace_ = model_.trace;
   RandomTokens random_tokens_;
 };
 

@@ -31,6 +31,7 @@ class Chat {
         options_(generate_options(session_, o.sampling)),
         conversation_(o.system),
         verbose_(o.model.verbose) {
+    options_.drafts = drafts(o.model);
     (void)model.chat_template();  // says what is wrong before anything is typed
   }
 

@@ -152,10 +152,14 @@ inline std::int64_t window_length(const ModelOptions& o, const Config& c) {
 }
 
 inline void add_mtp_option(CLI::App& command, ModelOptions& o) {
-  command.add_option("--mtp", o.mtp, "Tokens drafted by the MTP head; auto and 0 mean none: it is not used yet")
+  command
+      .add_option("--mtp", o.mtp,
+                  "Tokens to guess ahead with the MTP head, 0..4: changes the speed, never the text.  auto: what pays")
       ->option_text("N [auto]")
+      ->check(CLI::IsMember({"auto", "0", "1", "2", "3", "4"}))
       ->group("Computing");
 }
+inline int drafts(const ModelOptions& o) { return o.mtp == "auto" ? auto_drafts : std::stoi(o.mtp); }
 
 inline std::optional<KvType> kv_type(const std::string& name) {
   if (name == "f16") return KvType::f16;
@@ -169,7 +173,7 @@ inline double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 inline SessionOptions session_options(const ModelOptions& o) {
-  return {.context = o.context, .kv = kv_type(o.kv), .batch = o.batch};
+  return {.context = o.context, .kv = kv_type(o.kv), .batch = o.batch, .mtp = o.mtp != "0"};
 }
 
 // memory: 20.0 GiB for dense weights 1.3 GiB, session up to 6.7 GiB, 6,300 of 24,576 experts 12.0 GiB, ...
@@ -190,9 +194,6 @@ inline std::string memory_line(const MemoryPlan& p) {
 inline Model open_model(const ModelOptions& o) {
   if (o.backend == "cuda") throw Error("--backend cuda: this build has no CUDA backend; use cpu");
   if (!o.gpu_memory.empty()) throw Error("--gpu-memory: this build has no CUDA backend; leave it out");
-  if (o.mtp != "auto" && o.mtp != "0") {
-    throw Error("--mtp " + o.mtp + ": this build does not draft with the MTP head; use 0, or leave it out");
-  }
   const auto start = std::chrono::steady_clock::now();
   Model model = Model::open(file_path(o.path), {.backend = o.backend == "reference" ? Backend::reference : Backend::cpu,
                                                 .isa = o.isa,
@@ -204,6 +205,10 @@ inline Model open_model(const ModelOptions& o) {
                                                 .expert_profile = file_path(o.expert_profile),
                                                 .cache_dir = file_path(o.cache_dir),
                                                 .cache_dir_bytes = memory_size(o.cache_size, "--cache-size").value()});
+  if (drafts(o) > 0 && !model.config().has_mtp) {
+    throw Error("--mtp " + o.mtp + ": " + o.path +
+                " holds no MTP head; leave it out, or name a file that does: --mtp-file");
+  }
   if (o.verbose) {
     const Config& c = model.config();
     const MemoryPlan plan = model.plan(session_options(o));

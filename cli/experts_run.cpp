@@ -159,7 +159,9 @@ RoutingResults observe_on(Base base, const Model& model, const ModelWeights<View
     const auto begin = static_cast<std::size_t>(done), count = static_cast<std::size_t>(coming);
     layer = 0;
     forward<B>(be, c, weights, tokens.subspan(begin, count), sequences, a);
-    if (weights.mtp) mtp_forward<B>(be, c, *weights.mtp, tokens.subspan(begin + 1, count), sequences, a);
+    if (weights.mtp)
+      mtp_forward<B>(be, c, *weights.mtp, tokens.subspan(begin + 1, count), a.h.rows(0, static_cast<int>(count)),
+                     sequences, a);
     collector.finish_pass(coming);
     done += coming;
     while (states.size() > 1) states.pop_front();  // the last may go on

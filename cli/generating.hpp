@@ -62,7 +62,7 @@ inline GenerateOptions generate_options(const Session& session, const SamplingOp
   return options;
 }
 
-// prompt 34 tokens 210 t/s, generated 128 tokens 31.2 t/s, end of text
+// prompt 34 tokens 210 t/s, generated 128 tokens 31.2 t/s (2.1 a pass, guesses right: 78 % 64 %), end of text
 inline std::string timing_line(const Generated& g, const Model& model) {
   const auto tokens = [](std::int64_t n) { return count_text(n) + (n == 1 ? " token" : " tokens"); };
   std::string line = "prompt " + tokens(g.prompt_tokens);
@@ -70,6 +70,12 @@ inline std::string timing_line(const Generated& g, const Model& model) {
   if (g.prompt_tokens_per_second() > 0) line += " " + rate_text(g.prompt_tokens_per_second()) + " t/s";
   line += ", generated " + tokens(static_cast<std::int64_t>(g.tokens.size()));
   if (g.decode_tokens_per_second() > 0) line += " " + rate_text(g.decode_tokens_per_second()) + " t/s";
+  if (g.mtp.drafted[0] > 0) {
+    line += format(" (%.2f a pass, guesses right:", g.mtp.tokens_per_pass());
+    for (std::size_t i = 0; i < g.mtp.drafted.size() && g.mtp.drafted[i] > 0; ++i)
+      line += format(" %.0f %%", 100 * g.mtp.acceptance(i));
+    line += ")";
+  }
   line += ", " + std::string(name(g.reason));
   if (model.config().num_experts_per_tok != model.experts_of_model())
     line += format(" (%d of %d experts a token)", model.config().num_experts_per_tok, model.experts_of_model());

@@ -76,6 +76,7 @@ void run(const RunOptions& o) {
   const std::string prompt = read_prompt(o);
   Session session = model.session(session_options(o.model));
   GenerateOptions options = generate_options(session, o.sampling);
+  options.drafts = drafts(o.model);
 
   const Interruptible scope;
   Progress progress("reading the prompt", Progress::Unit::tokens, !o.quiet);

@@ -67,7 +67,7 @@ template <BackendOps B>
 class BackendTimeline final : public Timeline {
  public:
   // `streaming` is null where all weights are in memory.
-  BackendTimeline(B backend, const Config& config, const ModelWeights<B>& weights, KvType kv, int batch,
+  BackendTimeline(B backend, const Config& config, const ModelWeights<B>& weights, KvType kv, int batch, bool mtp,
                   Streaming* streaming = nullptr, std::unique_ptr<Streaming::Charge> charge = {})
       : streaming_(streaming),
         charge_(std::move(charge)),
@@ -76,11 +76,14 @@ class BackendTimeline final : public Timeline {
         c_(config),
         w_(weights),
         state_(be_, config),
-        a_(be_, config, batch, std::min(batch, logit_rows), 1) {}
+        a_(be_, config, batch, std::min(batch, logit_rows), 1) {
+    if (mtp && weights.mtp) unseen_.emplace(be_, config);
+  }
 
   std::span<const float> append(std::span<const std::int32_t> tokens, const Progress& progress,
                                 std::span<const std::int64_t> keep, const SnapshotSink& sink) override {
     check(tokens);
+    drop_guesses();
     const auto total = static_cast<std::int64_t>(tokens.size());
     std::int64_t done = 0;
     int T = 0;
@@ -108,19 +111,22 @@ class BackendTimeline final : public Timeline {
       check(turn.tokens);
       auto* other = dynamic_cast<BackendTimeline*>(turn.timeline);
       if (!other || &other->w_ != &w_) throw Error("sessions of different models cannot share a pass");
-      if (std::find(others_.begin(), others_.end(), other) != others_.end())
-        throw Error("a session is named twice in one pass: give all its tokens in one turn");
+      if (turn.tentative && static_cast<int>(turn.tokens.size()) > std::min(max_tentative_rows, a_.max_rows))
+        throw Error("more guesses than fit a pass");
       others_.push_back(other);
     }
+    for (BackendTimeline* t : others_) t->drop_guesses();
     std::size_t turn = 0, done = 0;  // the next token's place
     while (turn < turns.size()) {
       rows_.clear(), sequences_.clear();
       const std::size_t first = turn;
       while (turn < turns.size() && rows_.size() < static_cast<std::size_t>(a_.max_rows)) {
         const std::span<const std::int32_t> rest = turns[turn].tokens.subspan(done);
-        const std::size_t n = std::min(rest.size(), static_cast<std::size_t>(a_.max_rows) - rows_.size());
+        const std::size_t room = static_cast<std::size_t>(a_.max_rows) - rows_.size(), n = std::min(rest.size(), room);
+        const bool tentative = turns[turn].tentative;
+        if (tentative && n < rest.size()) break;  // guesses are checked in one pass
         SequenceState<B>& state = others_[turn]->state_;
-        sequences_.push_back({static_cast<int>(rows_.size()), static_cast<int>(n), state.position, &state});
+        sequences_.push_back({static_cast<int>(rows_.size()), static_cast<int>(n), state.position, &state, tentative});
         rows_.insert(rows_.end(), rest.begin(), rest.begin() + static_cast<std::ptrdiff_t>(n));
         done = n < rest.size() ? done + n : 0;
         if (done == 0) ++turn;
@@ -128,46 +134,115 @@ class BackendTimeline final : public Timeline {
       for (std::size_t i = 0; i < sequences_.size(); ++i) others_[first + i]->make_room(sequences_[i].count);
       guarded([&] { forward<B>(be_, c_, w_, rows_, sequences_, a_); },
               std::span(others_).subspan(first, sequences_.size()), may_fail());
-      give_last_logits(first, turn - first, sink);
+      for (std::size_t i = 0; i < sequences_.size(); ++i) {
+        const SequenceRows<B>& s = sequences_[i];
+        const auto begin = static_cast<std::size_t>(s.begin), count = static_cast<std::size_t>(s.count);
+        others_[first + i]->passed(*this, std::span(rows_).subspan(begin, count), s.begin);
+        if (s.tentative) others_[first + i]->guessed_ = s.count, others_[first + i]->taken_ = 1;
+      }
+      give_turn_logits(first, turn - first, sink);
     }
   }
 
   void append_all_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) override {
     check(tokens);
+    drop_guesses();
     for (std::span<const std::int32_t> step : steps(tokens)) give_logits(w_.lm_head, step_forward(step), sink);
   }
 
   void append_mtp_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) override {
     if (!w_.mtp) throw Error("this model has no MTP head (no mtp.* or nextn tensors in its files)");
+    if (!unseen_) throw Error("this session was opened without the MTP head: leave SessionOptions::mtp true");
     check(tokens);
+    drop_guesses();
     std::size_t begin = 0;
     for (std::span<const std::int32_t> step : steps(tokens)) {
-      step_forward(step);
+      pass(step, {}, {});
+      unseen_->follow(step.front());
+      feed(*this, unseen_->count);
+      const int T = static_cast<int>(step.size());
+      unseen_->keep(be_, a_.h.rows(T - 1, 1));
       const std::size_t rows = std::min(step.size(), tokens.size() - 1 - begin);  // the last token has no next one
       if (rows == 0) break;
       const SequenceRows<B> sequence{0, static_cast<int>(rows), state_.mtp_position, &state_};
       BackendTimeline* const self = this;
       guarded(
           [&] {
-            mtp_forward<B>(be_, c_, *w_.mtp, tokens.subspan(begin + 1, rows), {&sequence, 1}, a_);
+            mtp_forward<B>(be_, c_, *w_.mtp, tokens.subspan(begin + 1, rows), a_.h.rows(0, static_cast<int>(rows)),
+                           {&sequence, 1}, a_);
           },
           {&self, 1}, may_fail());
+      if (rows == step.size()) unseen_->clear();
       give_logits(w_.mtp->lm_head, static_cast<int>(rows), sink);
       begin += step.size();
     }
   }
 
-  std::int64_t position() const override { return state_.position; }
-  std::shared_ptr<const TimelineSnapshot> snapshot() const override {
+  int most_drafts() const override {
+    const bool ready = unseen_ && state_.mtp_position + unseen_->count == state_.position;
+    return ready ? std::min(max_tentative_rows, a_.max_rows) - 1 : 0;
+  }
+
+  void draft_together(std::span<const DraftTurn> turns) override {
+    std::vector<Draft>& drafts = drafts_;
+    drafts.clear();
+    for (const DraftTurn& turn : turns) {
+      auto* timeline = dynamic_cast<BackendTimeline*>(turn.timeline);
+      if (!timeline || &timeline->w_ != &w_) throw Error("sessions of different models cannot share a pass");
+      timeline->drop_guesses();
+      timeline->feed(*this, timeline->unseen_->count - 1);
+      drafts.push_back({&turn, timeline, timeline->state_.mtp_position, turn.token});
+    }
+    try {
+      for (int ahead = 1;; ++ahead) {
+        std::erase_if(drafts, [&](const Draft& d) {
+          if (ahead > d.turn->count) d.forget();
+          return ahead > d.turn->count;
+        });
+        if (drafts.empty()) break;
+        const auto most = static_cast<std::size_t>(a_.max_logit_rows);
+        for (std::size_t i = 0; i < drafts.size(); i += most)
+          draft_pass(std::span(drafts).subspan(i, std::min(most, drafts.size() - i)), ahead);
+      }
+    } catch (...) {
+      if constexpr (requires { be_.give_up(); }) be_.give_up();
+      for (const Draft& d : drafts) d.forget();
+      throw;
+    }
+  }
+
+  void take() override { ++taken_; }
+  int guesses_left() const override { return guessed_ - taken_; }
+
+  std::int64_t position() const override { return state_.position - (guessed_ - taken_); }
+  std::shared_ptr<const TimelineSnapshot> snapshot() override {
+    drop_guesses();
+    state_.settle(be_, c_);
+    state_.hidden.clear();
+    if (unseen_ && unseen_->count > 0) {
+      feed(*this, unseen_->count - 1);
+      const std::span<const float> hidden = be_.host(unseen_->hidden.rows(0, 1));
+      state_.hidden.assign(hidden.begin(), hidden.end());
+    }
     return std::make_shared<BackendSnapshot<B>>(&w_, kv_, state_);
   }
   void restore(const TimelineSnapshot& snapshot) override {
     const auto* mine = dynamic_cast<const BackendSnapshot<B>*>(&snapshot);
     if (!mine || mine->model != &w_) throw Error("this snapshot is another model's: it fits sessions of its own Model");
     if (mine->kv != kv_) throw Error("this snapshot's KV cache is of another type than the session's: open both alike");
+    forget_guesses();
     state_ = mine->state;
+    if (unseen_) unseen_->clear();
+    if (unseen_ && !state_.hidden.empty()) {
+      be_.set_host(unseen_->hidden.rows(0, 1), state_.hidden);
+      unseen_->count = 1;
+    }
   }
-  void reset() override { state_ = SequenceState<B>(be_, c_); }
+  void reset() override {
+    forget_guesses();
+    state_ = SequenceState<B>(be_, c_);
+    if (unseen_) unseen_->clear();
+  }
 
  private:
   static constexpr int logit_rows = 16;  // a vocabulary of 151936 makes a row 600 KB
@@ -204,10 +279,118 @@ class BackendTimeline final : public Timeline {
     return {tokens, (tokens.size() + pieces - 1) / pieces};
   }
 
+  // Final hidden states that the MTP layer has not seen, because nobody asked for a guess yet: fed many at a time, they
+  // cost next to nothing.
+  struct Unseen {
+    Unseen(B& be, const Config& c) : hidden(be.tensor(capacity, c.hidden_size)) { next.reserve(capacity); }
+    static constexpr int capacity = 64;
+
+    void follow(std::int32_t token) {
+      if (count > 0) next.push_back(token);
+    }
+    void keep(B& be, typename B::Tensor rows) {
+      be.copy(hidden.rows(count, rows.n_rows), rows);
+      count += rows.n_rows;
+    }
+    void clear() { count = 0, next.clear(); }
+
+    typename B::Tensor hidden;       // [capacity, H], of the last `count` tokens
+    std::vector<std::int32_t> next;  // the token after each but the last
+    int count = 0;
+  };
+
+  // Shows the MTP layer the first `count` unseen rows, in scratch memory of `at`.
+  void feed(BackendTimeline& at, int count) {
+    if (count <= 0) return;
+    for (int begin = 0; begin < count; begin += at.a_.max_rows)
+      feed_rows(at, std::span(unseen_->next).subspan(static_cast<std::size_t>(begin)),
+                unseen_->hidden.rows(begin, std::min(at.a_.max_rows, count - begin)));
+    const int rest = unseen_->count - count;
+    for (int i = 0; i < rest; ++i) at.be_.copy(unseen_->hidden.rows(i, 1), unseen_->hidden.rows(count + i, 1));
+    unseen_->next.erase(unseen_->next.begin(), unseen_->next.begin() + count);
+    unseen_->count = rest;
+  }
+  void feed_rows(BackendTimeline& at, std::span<const std::int32_t> next, typename B::Tensor hidden) {
+    const SequenceRows<B> sequence{0, hidden.n_rows, state_.mtp_position, &state_};
+    mtp_feed<B>(at.be_, c_, *w_.mtp, next.first(static_cast<std::size_t>(hidden.n_rows)), hidden, {&sequence, 1},
+                at.a_);
+  }
+
+  // `tokens` of this timeline went through the layers, as rows `begin` and on of `at`'s scratch memory.
+  void passed(BackendTimeline& at, std::span<const std::int32_t> tokens, int begin) {
+    if (!unseen_) return;
+    const int T = static_cast<int>(tokens.size());
+    unseen_->follow(tokens.front());
+    if (unseen_->count + T > Unseen::capacity) {
+      feed(at, unseen_->count);
+      if (T > 1) feed_rows(at, tokens.subspan(1), at.a_.h.rows(begin, T - 1));
+      unseen_->keep(at.be_, at.a_.h.rows(begin + T - 1, 1));
+    } else {
+      unseen_->next.insert(unseen_->next.end(), tokens.begin() + 1, tokens.end());
+      unseen_->keep(at.be_, at.a_.h.rows(begin, T));
+    }
+  }
+
+  // Of a tentative turn: what was not taken.
+  void drop_guesses() {
+    if (guessed_ == 0) return;
+    state_.accept(guessed_, taken_);
+    if (unseen_) {
+      unseen_->count -= guessed_ - taken_;
+      unseen_->next.resize(static_cast<std::size_t>(std::max(0, unseen_->count - 1)));
+    }
+    forget_guesses();
+  }
+  void forget_guesses() { guessed_ = taken_ = 0; }
+
+  // A draft in the making; a guess's hidden state is row 1 of the unseen ones, of which there is one.
+  struct Draft {
+    const DraftTurn* turn;
+    BackendTimeline* timeline;
+    std::int64_t position;  // of the MTP layer before
+    std::int32_t token;     // the last guess, or what is known to follow
+
+    void forget() const {
+      timeline->state_.mtp.kv->truncate(position);
+      timeline->state_.mtp_position = position;
+    }
+  };
+  // One more guess each; as many as logits have room for.
+  void draft_pass(std::span<Draft> drafts, int ahead) {
+    const int T = static_cast<int>(drafts.size());
+    rows_.clear(), sequences_.clear();
+    int vocabulary = 0;
+    auto hidden = a_.mix.rows(0, T);
+    for (int i = 0; i < T; ++i) {
+      const Draft& d = drafts[static_cast<std::size_t>(i)];
+      rows_.push_back(d.token);
+      sequences_.push_back({i, 1, d.timeline->state_.mtp_position, &d.timeline->state_});
+      vocabulary = std::max(vocabulary, d.turn->vocabulary);
+      be_.copy(hidden.rows(i, 1), d.timeline->unseen_->hidden.rows(ahead == 1 ? 0 : 1, 1));
+    }
+    mtp_forward<B>(be_, c_, *w_.mtp, rows_, hidden, sequences_, a_);
+    auto logits = a_.logits.rows(0, T).columns(0, vocabulary);
+    be_.linear(a_.h.rows(0, T), {{w_.mtp->lm_head.slice(0, vocabulary), logits}});
+    for (int i = 0; i < T; ++i) {
+      Draft& d = drafts[static_cast<std::size_t>(i)];
+      const auto mine = static_cast<std::size_t>(d.turn->vocabulary);
+      d.token = (*d.turn->choose)(ahead, be_.host(logits.rows(i, 1)).first(mine));
+      d.turn->drafts->push_back(d.token);
+      be_.copy(d.timeline->unseen_->hidden.rows(1, 1), a_.h.rows(i, 1));
+    }
+  }
+
   int step_forward(std::span<const std::int32_t> tokens, const std::function<void(int)>& after_layer = {},
                    std::span<const KeptState<B>> kept = {}) {
+    pass(tokens, after_layer, kept);
+    passed(*this, tokens, 0);
+    return static_cast<int>(tokens.size());
+  }
+
+  void pass(std::span<const std::int32_t> tokens, const std::function<void(int)>& after_layer,
+            std::span<const KeptState<B>> kept) {
     const int T = static_cast<int>(tokens.size());
-    const SequenceRows<B> sequence{0, T, state_.position, &state_, kept};
+    const SequenceRows<B> sequence{0, T, state_.position, &state_, false, kept};
     make_room(T);
     BackendTimeline* const self = this;
     guarded(
@@ -215,7 +398,6 @@ class BackendTimeline final : public Timeline {
           forward<B>(be_, c_, w_, tokens, {&sequence, 1}, a_, after_layer);
         },
         {&self, 1}, after_layer || may_fail());
-    return T;
   }
 
   // Those of `keep` that a pass of T tokens, `done` before it, will reach.
@@ -229,10 +411,17 @@ class BackendTimeline final : public Timeline {
   }
   // After the pass: what lies beyond a kept state is cut from copies of the KV caches.
   void give_states(const SnapshotSink& sink, std::int64_t done, int T) {
+    if (kept_snapshots_.empty()) return;
+    if (unseen_) feed(*this, unseen_->count - 1);
     for (std::size_t i = 0; i < kept_snapshots_.size(); ++i) {
       SequenceState<B>& s = kept_snapshots_[i]->state;
       s.position = state_.position - T + kept_rows_[i].row;
+      s.settle(be_, c_);
       s.mtp_position = std::min(state_.mtp_position, s.position - 1);
+      if (unseen_) {
+        const std::span<const float> hidden = be_.host(a_.h.rows(kept_rows_[i].row - 1, 1));
+        s.hidden.assign(hidden.begin(), hidden.end());
+      }
       for (std::size_t l = 0; l < s.layers.size(); ++l) {
         if (!state_.layers[l].kv) continue;
         s.layers[l].kv = state_.layers[l].kv;
@@ -279,15 +468,19 @@ class BackendTimeline final : public Timeline {
   }
 
   // Of the first `count` sequences of a pass, which are turns `first` and on: rows that are neighbours share a product.
-  void give_last_logits(std::size_t first, std::size_t count, const TurnSink& sink) {
-    auto last_row = [&](std::size_t i) { return sequences_[i].begin + sequences_[i].count - 1; };
-    for (std::size_t i = 0, n = 0; i < count; i += n) {
-      for (n = 1; i + n < count && n < static_cast<std::size_t>(a_.max_logit_rows);) {
-        if (last_row(i + n) != last_row(i) + static_cast<int>(n)) break;
+  void give_turn_logits(std::size_t first, std::size_t count, const TurnSink& sink) {
+    wanted_.clear();
+    for (std::size_t i = 0; i < count; ++i) {
+      const SequenceRows<B>& s = sequences_[i];
+      for (int row = s.tentative ? 0 : s.count - 1; row < s.count; ++row) wanted_.push_back({s.begin + row, first + i});
+    }
+    for (std::size_t i = 0, n = 0; i < wanted_.size(); i += n) {
+      for (n = 1; i + n < wanted_.size() && n < static_cast<std::size_t>(a_.max_logit_rows);) {
+        if (wanted_[i + n].row != wanted_[i].row + static_cast<int>(n)) break;
         ++n;
       }
-      auto logits = head(be_, w_.lm_head, a_, last_row(i), static_cast<int>(n));
-      for (std::size_t j = 0; j < n; ++j) sink(first + i + j, be_.host(logits.rows(static_cast<int>(j), 1)));
+      auto logits = head(be_, w_.lm_head, a_, wanted_[i].row, static_cast<int>(n));
+      for (std::size_t j = 0; j < n; ++j) sink(wanted_[i + j].turn, be_.host(logits.rows(static_cast<int>(j), 1)));
     }
   }
 
@@ -303,12 +496,20 @@ class BackendTimeline final : public Timeline {
   const Config& c_;
   const ModelWeights<B>& w_;
   SequenceState<B> state_;
+  std::optional<Unseen> unseen_;  // nothing: there is no MTP head, or it is not wanted
+  int guessed_ = 0, taken_ = 0;   // rows of a tentative turn, and of those what stays
   Activations<B> a_;
   std::vector<KeptState<B>> kept_rows_;                              // of the pass at hand
   std::vector<std::shared_ptr<BackendSnapshot<B>>> kept_snapshots_;  // what they are to become
   std::vector<BackendTimeline*> others_;  // of append_together(), like the next two: rows of a pass and whose they are
   std::vector<std::int32_t> rows_;
   std::vector<SequenceRows<B>> sequences_;
+  struct WantedLogits {
+    int row;
+    std::size_t turn;
+  };
+  std::vector<WantedLogits> wanted_;
+  std::vector<Draft> drafts_;
 };
 
 // Views of the files, or of where they were read to, as a backend holds them; experts that are streamed learn which
@@ -346,7 +547,7 @@ class BackendEngine final : public Engine {
       if (!loaded_) take_weights<B>(streaming_->load(), weights_);
       loaded_ = true;
     }
-    return std::make_unique<BackendTimeline<B>>(make_backend_(kv), config_, weights_, kv, options.batch,
+    return std::make_unique<BackendTimeline<B>>(make_backend_(kv), config_, weights_, kv, options.batch, options.mtp,
                                                 streaming_.get(), std::move(charge));
   }
   std::string description() const override { return description_; }

@@ -82,7 +82,8 @@ ActivationStatistics calibrate_on(Base base, const Config& c, const ModelWeights
     // The head's logits are of no use here; its inputs are.
     be.watch(a.h.rows(0, static_cast<int>(count)), weights.lm_head);
     if (weights.mtp) {
-      mtp_forward<B>(be, c, *weights.mtp, tokens.subspan(begin + 1, count), sequences, a);
+      mtp_forward<B>(be, c, *weights.mtp, tokens.subspan(begin + 1, count), a.h.rows(0, static_cast<int>(count)),
+                     sequences, a);
       const WeightView& own = weights.mtp->lm_head;
       if (own.data != weights.lm_head.data) be.watch(a.h.rows(0, static_cast<int>(count)), own);
     }

@@ -31,6 +31,7 @@ struct EngineOptions {
 struct TimelineOptions {
   std::optional<KvType> kv{};  // nothing: f16 on cpu, f32 on reference
   int batch = 2048;            // most tokens that go through the layers at a time
+  bool mtp = true;             // keep what the MTP head needs for drafting, if the model has one
 };
 
 // The CPU kernels that this program holds and this machine can run, by name, best first: values of Options::isa.
@@ -63,14 +64,30 @@ using SnapshotSink = std::function<void(std::int64_t count, std::shared_ptr<cons
 
 class Timeline;
 
-// What one of several timelines is to append in a common pass.
+// What one of several timelines is to append in a common pass.  If `tentative`, tokens after the first are guesses, and
+// stay only as far as Timeline::take() says so.
 struct TimelineTurn {
   Timeline* timeline;
-  std::span<const std::int32_t> tokens;
+  std::span<const std::int32_t> tokens;  // tentative: at most max_tentative_rows
+  bool tentative = false;
 };
 
-// Given the logits [V] that follow the last token of turn `i`, valid until the sink returns.
+// Given the logits [V] that follow the last token of turn `i`, or each of its tokens in order if they are tentative;
+// valid until the sink returns.
 using TurnSink = std::function<void(std::size_t i, std::span<const float> logits)>;
+
+// Picks a guess from the MTP head's logits [vocabulary]; it is the one that many tokens after DraftTurn::token.
+using ChooseDraft = std::function<std::int32_t(int ahead, std::span<const float> logits)>;
+
+// Guesses of what follows `token`, which is about to be appended to a timeline.
+struct DraftTurn {
+  Timeline* timeline;
+  std::int32_t token;
+  int count;
+  int vocabulary;  // guesses are among the first so many tokens
+  const ChooseDraft* choose;
+  std::vector<std::int32_t>* drafts;  // appended to
+};
 
 // One sequence and its scratch memory.  For one thread at a time.
 class Timeline {
@@ -94,8 +111,21 @@ class Timeline {
   // and the embedding of token t+1, and guesses token t+2.
   virtual void append_mtp_logits(std::span<const std::int32_t> tokens, const LogitsSink& sink) = 0;
 
+  // The most guesses that draft_together() and a tentative turn may be asked for here; 0 without an MTP head that saw
+  // all of this timeline.
+  virtual int most_drafts() const = 0;
+
+  // Guesses for several timelines of one engine, each named once, by rows of the same passes of the MTP layer in this
+  // one's scratch memory.  Changes no timeline.
+  virtual void draft_together(std::span<const DraftTurn> turns) = 0;
+
+  // After a tentative turn: one more of its tokens, in order, stays; the first does anyway.  With the next call of
+  // anything that appends, copies or restores, the rest is forgotten.
+  virtual void take() = 0;
+  virtual int guesses_left() const = 0;
+
   virtual std::int64_t position() const = 0;
-  virtual std::shared_ptr<const TimelineSnapshot> snapshot() const = 0;
+  virtual std::shared_ptr<const TimelineSnapshot> snapshot() = 0;
   virtual void restore(const TimelineSnapshot& snapshot) = 0;
   virtual void reset() = 0;
 };

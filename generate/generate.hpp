@@ -14,6 +14,7 @@
 #include "generate/engine.hpp"
 #include "generate/reuse.hpp"
 #include "generate/sampler.hpp"
+#include "generate/speculate.hpp"
 #include "text/stop_strings.hpp"
 #include "text/tokenizer.hpp"
 
@@ -26,6 +27,7 @@ struct GenerateOptions {
   std::vector<std::string> stop{};          // text that ends the answer and is not part of it
   std::vector<std::int32_t> stop_tokens{};  // tokens that end it
   Progress on_prefill{};                    // during a long prompt
+  int drafts = auto_drafts;  // tokens to guess ahead with the MTP head, 0..4: changes the speed, never the text
 };
 
 // What ended a text.
@@ -46,6 +48,7 @@ struct Generated {
   Reuse reuse{};                   // of a conversation: where that came from, and what stood in the way of more
   double prompt_seconds = 0;       // reading the prompt
   double decode_seconds = 0;       // sampling and reading what was sampled
+  MtpStatistics mtp{};             // of guessing ahead
 
   // Speeds, of the tokens that were computed.
   double prompt_tokens_per_second() const {

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <random>
 #include <span>
 #include <string>
 #include <unordered_map>
@@ -70,10 +69,15 @@ inline bool is_finite(std::span<const float> logits) noexcept {
 
 // One stream of choices: penalties, temperature, top-k, top-p, min-p, then a draw.  Allocates only while it meets
 // tokens for the first time.
+//
+// A draw is the largest of logit / temperature + noise over the tokens that are left, the noise of a token being
+// Gumbel's, -log(-log(u)): that is a draw from the softmax.  u depends on the seed, the number of the draw and the
+// token alone.  So two distributions that are alike mostly give the same token at the same draw, which is what makes
+// guesses come true at any temperature, and whether there were guesses changes nothing of the text.
 class Sampler {
  public:
   // Throws Error naming an option out of range.
-  explicit Sampler(const Sampling& sampling) : s_(sampling), random_(sampling.seed) { s_.validate(); }
+  explicit Sampler(const Sampling& sampling) : s_(sampling) { s_.validate(); }
 
   // A token of the prompt: counts for the repetition penalty alone.
   void observe_prompt(std::int32_t token) { seen_.try_emplace(token, 0); }
@@ -81,9 +85,15 @@ class Sampler {
   // Chooses from logits [V]; the choice counts for later penalties.  Throws Error if they are not numbers.
   std::int32_t sample(std::span<const float> logits) {
     if (!is_finite(logits)) throw Error("the model's logits are not numbers: its weights are damaged");
-    const std::int32_t token = penalised() ? choose(apply_penalties(logits)) : choose(logits);
+    const std::int32_t token = choose(logits, draws_++);
     ++seen_[token];
     return token;
+  }
+
+  // What the draw `ahead` from now (1: the next) would be, were these the logits [up to V]: a guess for what sample()
+  // will choose from better ones.  Counts for nothing.
+  std::int32_t guess(std::span<const float> logits, int ahead) {
+    return is_finite(logits) ? choose(logits, draws_ + static_cast<std::uint64_t>(ahead) - 1) : 0;
   }
 
  private:
@@ -100,6 +110,7 @@ class Sampler {
   std::span<const float> apply_penalties(std::span<const float> logits) {
     penalised_logits_.assign(logits.begin(), logits.end());
     for (const auto& [token, count] : seen_) {
+      if (static_cast<std::size_t>(token) >= logits.size()) continue;
       float& x = penalised_logits_[static_cast<std::size_t>(token)];
       x = x > 0 ? x / s_.repetition_penalty : x * s_.repetition_penalty;
       if (count > 0) x -= s_.presence_penalty + static_cast<float>(count) * s_.frequency_penalty;
@@ -107,48 +118,64 @@ class Sampler {
     return penalised_logits_;
   }
 
-  std::int32_t choose(std::span<const float> logits) {
+  std::int32_t choose(std::span<const float> logits, std::uint64_t draw) {
+    if (penalised()) logits = apply_penalties(logits);
     if (s_.temperature == 0) {
       return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
     }
-    candidates_.clear();
-    for (std::size_t i = 0; i < logits.size(); ++i) candidates_.push_back({logits[i], static_cast<std::int32_t>(i)});
-    keep_top_k();
+    collect(logits);
+    if (s_.top_p < 1 || s_.min_p > 0) cut();
+    const Candidate* chosen = nullptr;
+    double top = 0;
+    for (const Candidate& c : candidates_) {
+      const double score = c.logit / s_.temperature + gumbel(draw, c.token);
+      if (!chosen || score > top) top = score, chosen = &c;
+    }
+    return chosen->token;
+  }
 
-    // Probabilities at this temperature, unnormalised: best = 1.
+  // -log(-log(u)), u uniform in (0, 1) by the mixing function of splitmix64 (Steele et al., OOPSLA 2014).
+  double gumbel(std::uint64_t draw, std::int32_t token) const {
+    const auto mix = [](std::uint64_t x) {
+      x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+      x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+      return x ^ (x >> 31);
+    };
+    constexpr std::uint64_t step = 0x9e3779b97f4a7c15u;
+    const std::uint64_t stream = mix(mix(s_.seed + step) + (draw + 1) * step);
+    const std::uint64_t x = mix(stream + (static_cast<std::uint64_t>(token) + 1) * step);
+    return -std::log(-std::log((static_cast<double>(x >> 11) + 0.5) * 0x1p-53));
+  }
+
+  // The top_k candidates.  With top_k = 0 all but the tail that temperature makes negligible (e^-30).
+  void collect(std::span<const float> logits) {
+    const float floor = s_.top_k > 0 ? -std::numeric_limits<float>::infinity()
+                                     : *std::max_element(logits.begin(), logits.end()) - 30 * s_.temperature;
+    candidates_.clear();
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+      if (logits[i] >= floor) candidates_.push_back({logits[i], static_cast<std::int32_t>(i)});
+    }
+    if (s_.top_k == 0 || static_cast<std::size_t>(s_.top_k) >= candidates_.size()) return;
+    std::nth_element(candidates_.begin(), candidates_.begin() + s_.top_k, candidates_.end(), better);
+    candidates_.resize(static_cast<std::size_t>(s_.top_k));
+  }
+
+  // Leaves the fewest candidates that hold top_p of the mass, cut where min_p cuts; never none.
+  void cut() {
     std::sort(candidates_.begin(), candidates_.end(), better);
     const float best = candidates_.front().logit;
-    double total = 0;
-    weights_.clear();
+    double total = 0, mass = 0;
+    weights_.clear();  // probabilities, unnormalised: best = 1
     for (const Candidate& c : candidates_) total += weights_.emplace_back(std::exp((c.logit - best) / s_.temperature));
-
-    // The shortest head that holds top_p of the mass, cut where min_p cuts; never empty.
     std::size_t kept = 0;
-    double mass = 0;
     while (kept < weights_.size() && (kept == 0 || (mass < s_.top_p * total && weights_[kept] >= s_.min_p))) {
       mass += weights_[kept++];
     }
-
-    double draw = static_cast<double>(random_() >> 11) * 0x1p-53 * mass;  // the same on every standard library
-    std::size_t i = 0;
-    while (i + 1 < kept && draw >= weights_[i]) draw -= weights_[i++];
-    return candidates_[i].token;
-  }
-
-  // With top_k = 0 the tail that temperature makes negligible (e^-30) is dropped before sorting.
-  void keep_top_k() {
-    if (s_.top_k > 0 && static_cast<std::size_t>(s_.top_k) < candidates_.size()) {
-      std::nth_element(candidates_.begin(), candidates_.begin() + s_.top_k, candidates_.end(), better);
-      candidates_.resize(static_cast<std::size_t>(s_.top_k));
-      return;
-    }
-    const float best = std::min_element(candidates_.begin(), candidates_.end(), better)->logit;
-    const float floor = best - 30 * s_.temperature;
-    std::erase_if(candidates_, [&](const Candidate& c) { return c.logit < floor; });
+    candidates_.resize(kept);
   }
 
   Sampling s_;
-  std::mt19937_64 random_;
+  std::uint64_t draws_ = 0;
   std::unordered_map<std::int32_t, int> seen_;  // times generated; 0: in the prompt only
   std::vector<float> penalised_logits_;
   std::vector<Candidate> candidates_;

@@ -128,8 +128,8 @@ void enter_layer(Activations<B>& a, std::span<const SequenceRows<B>> sequences, 
     for (const KeptState<B>& kept : s.kept) {
       if (layer.delta) a.kept_deltas.push_back({kept.row, &state_of(*kept.into).delta});
     }
-    if (layer.delta) a.delta_segments.push_back({s.begin, s.count, s.position, &*layer.delta});
-    if (layer.kv) a.kv_segments.push_back({s.begin, s.count, s.position, &*layer.kv});
+    if (layer.delta) a.delta_segments.push_back({s.begin, s.count, s.position, &*layer.delta, s.tentative});
+    if (layer.kv) a.kv_segments.push_back({s.begin, s.count, s.position, &*layer.kv, s.tentative});
   }
 }
 

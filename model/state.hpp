@@ -50,10 +50,29 @@ struct SequenceState {
     return all;
   }
 
+  // After a tentative pass of `count` rows: the first n stay.
+  void accept(int count, int n) {
+    position -= count - n;
+    for (LayerState<B>& layer : layers) {
+      if (layer.delta) layer.delta->accept(n);
+      if (layer.kv) layer.kv->truncate(position);
+    }
+  }
+
+  // Folds in what a backend put off: what is kept or copied from here on is S and conv alone.
+  void settle(B& be, const Config& c) {
+    for (LayerState<B>& layer : layers) {
+      if (layer.delta) be.settle(*layer.delta, delta_shape(c));
+    }
+  }
+
   std::vector<LayerState<B>> layers;
   LayerState<B> mtp;
   std::int64_t position = 0;      // tokens seen by the trunk
   std::int64_t mtp_position = 0;  // rows seen by the MTP layer
+  // In snapshots: the final hidden state [H] of the last token, which the MTP layer has not seen, since it takes the
+  // next one along.
+  std::vector<float> hidden{};
 };
 
 // A sequence as it is before a pass that may fail in the middle.  Copies the DeltaNet states; KV caches, which only
@@ -88,13 +107,14 @@ struct KeptState {
   SequenceState<B>* into;
 };
 
-// Which rows of a batch belong to which sequence.  Only a sequence that is alone in its batch can have `kept` states,
-// in the order of their rows.
+// Which rows of a batch belong to which sequence; `tentative` ones until SequenceState::accept().  Only a sequence that
+// is alone in its batch can have `kept` states, in the order of their rows.
 template <BackendOps B>
 struct SequenceRows {
   int begin, count;
   std::int64_t position;
   SequenceState<B>* state;
+  bool tentative = false;
   std::span<const KeptState<B>> kept{};
 };
 

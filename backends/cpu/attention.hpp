@@ -42,6 +42,25 @@ class Attention {
     if (partials_ > 0) merge(k, team, out, shape, segments);
   }
 
+  // The first step alone: keys and values into the caches.
+  static void append(const Kernels& k, const Team& team, const HostTensor& keys, const HostTensor& values,
+                     AttentionShape shape, std::span<const Segment<HostKvCache>> segments) {
+    const int D = shape.head_dim;
+    for (const auto& s : segments) {
+      HostKvCache& cache = *s.state;
+      const std::int64_t first = cache.extend(s.count);
+      const DType type = stored_type(cache.type());
+      team.split(s.count, 2 * shape.kv_heads * D, [&](int begin, int end) {
+        for (int t = begin; t < end; ++t) {
+          for (int h = 0; h < shape.kv_heads; ++h) {
+            k.store_kv(type, keys.row(s.begin + t) + h * D, D, cache.key_row(first + t, h));
+            k.store_kv(type, values.row(s.begin + t) + h * D, D, cache.value_row(first + t, h));
+          }
+        }
+      });
+    }
+  }
+
  private:
   static constexpr int block = HostKvCache::block_positions;
   static constexpr int max_rows = 64;     // queries (tokens x heads of a group) of a piece of work
@@ -64,24 +83,6 @@ class Attention {
       return x.row(begin + token + r / heads) + (head + r % heads) * D;
     }
   };
-
-  static void append(const Kernels& k, const Team& team, const HostTensor& keys, const HostTensor& values,
-                     AttentionShape shape, std::span<const Segment<HostKvCache>> segments) {
-    const int D = shape.head_dim;
-    for (const auto& s : segments) {
-      HostKvCache& cache = *s.state;
-      const std::int64_t first = cache.extend(s.count);
-      const DType type = stored_type(cache.type());
-      team.split(s.count, 2 * shape.kv_heads * D, [&](int begin, int end) {
-        for (int t = begin; t < end; ++t) {
-          for (int h = 0; h < shape.kv_heads; ++h) {
-            k.store_kv(type, keys.row(s.begin + t) + h * D, D, cache.key_row(first + t, h));
-            k.store_kv(type, values.row(s.begin + t) + h * D, D, cache.value_row(first + t, h));
-          }
-        }
-      });
-    }
-  }
 
   // Depends on the shape, the counts and the lengths only, never on the number of threads.
   void plan(AttentionShape shape, std::span<const Segment<HostKvCache>> segments) {

@@ -70,6 +70,10 @@ class CpuBackend {
     return KvCache(s, kv_);
   }
   std::span<const float> host(Tensor row) { return row[0]; }
+  void set_host(Tensor row, std::span<const float> values) { std::copy(values.begin(), values.end(), row.row(0)); }
+  void copy(Tensor out, Tensor x) {
+    for (int t = 0; t < x.n_rows; ++t) std::copy_n(x.row(t), x.n_cols, out.row(t));
+  }
 
   void embed(Tensor out, std::span<const std::int32_t> tokens, const Weight& w) {
     team_.split(out.n_rows, out.n_cols, [&](int begin, int end) {
@@ -100,6 +104,10 @@ class CpuBackend {
                              std::min(conv_channels, C - c), K});
         }
       });
+      if (s.tentative) {
+        for (int t = 0; t < s.count; ++t) s.state->keep_inputs(t, x.row(s.begin + t));
+        continue;
+      }
       for (int j = 0; j < K - 1; ++j) {  // the last K - 1 inputs, oldest first
         const int t = s.count - K + 1 + j;
         std::copy_n(t >= 0 ? x.row(s.begin + t) : past + (K - 1 + t) * C, C, past + j * C);
@@ -115,35 +123,24 @@ class CpuBackend {
   // Few tokens: token by token.  More: in chunks of 64; see delta_rule.hpp.
   void gated_delta_rule(Tensor out, Tensor qkv, Tensor beta, Tensor g, DeltaShape shape,
                         std::span<const Segment<DeltaState>> segments) {
-    const int Dk = shape.key_dim, Dv = shape.value_dim, Hk = shape.key_heads, Hv = shape.value_heads;
-    // Value heads that share a key head go together, unless that leaves threads without work.
-    const int group = Hv / Hk, together = static_cast<int>(segments.size()) * Hk >= team_.size() ? group : 1;
-    const int pieces = Hv / together;
-    const cpu::Scratch::Pieces space = delta_scratch_.pieces(static_cast<std::size_t>(team_.size()),
-                                                             sizeof(float) * k_->delta_scratch(together, Dk, Dv));
-    const std::int64_t work =
-        std::int64_t{4} * together * qkv.n_rows / std::max(1, static_cast<int>(segments.size())) * Dk * Dv;
-    team_.each(static_cast<int>(segments.size()) * pieces, work, [&](int item, int thread) {
-      const auto& s = segments[static_cast<std::size_t>(item / pieces)];
-      const int h = item % pieces * together, key_head = h / group;
-      const cpu::Kernels::DeltaHeads heads{qkv.row(s.begin) + key_head * Dk,
-                                           qkv.row(s.begin) + (Hk + key_head) * Dk,
-                                           qkv.row(s.begin) + 2 * Hk * Dk + h * Dv,
-                                           beta.row(s.begin) + h,
-                                           g.row(s.begin) + h,
-                                           out.row(s.begin) + h * Dv,
-                                           qkv.stride,
-                                           qkv.stride,
-                                           beta.stride,
-                                           out.stride,
-                                           s.state->S.floats() + static_cast<std::ptrdiff_t>(h) * Dv * Dk,
-                                           together,
-                                           s.count,
-                                           Dk,
-                                           Dv};
-      (s.count < chunked_tokens ? k_->delta_recurrent : k_->delta_chunked)(heads,
-                                                                           reinterpret_cast<float*>(space[thread]));
-    });
+    for (const auto& s : segments) {
+      if (s.count >= chunked_tokens) settle(*s.state, shape);
+    }
+    delta_heads(out, qkv, beta, g, shape, segments);
+    for (const auto& s : segments) {
+      s.state->accepted = 0;
+      if (!s.tentative) continue;
+      for (int t = 0; t < s.count; ++t) {
+        const int row = s.begin + t;
+        s.state->keep_rows(t, qkv.row(row), beta.row(row), g.row(row));
+      }
+    }
+  }
+
+  void settle(DeltaState& state, DeltaShape shape) {
+    const Segment<DeltaState> nothing_new{0, 0, 0, &state};
+    if (state.accepted > 0) delta_heads({}, {}, {}, {}, shape, {&nothing_new, 1});
+    state.settled();
   }
 
   void gated_rms_norm(Tensor out, Tensor o, Tensor z, const Vector& weight, float eps) {
@@ -180,6 +177,9 @@ class CpuBackend {
   void attention(Tensor out, Tensor q, Tensor k, Tensor v, AttentionShape shape,
                  std::span<const Segment<KvCache>> segments) {
     attention_(*k_, team_, out, q, k, v, shape, segments);
+  }
+  void append_kv(Tensor k, Tensor v, AttentionShape shape, std::span<const Segment<KvCache>> segments) {
+    cpu::Attention::append(*k_, team_, k, v, shape, segments);
   }
 
   void sigmoid_gate(Tensor x, Tensor gate) {
@@ -234,6 +234,49 @@ class CpuBackend {
  private:
   static constexpr int conv_channels = 256, conv_tokens = 32;  // a piece of a convolution: its inputs stay in L1
   static constexpr int chunked_tokens = 16;                    // from here on the chunked form is faster
+
+  void delta_heads(Tensor out, Tensor qkv, Tensor beta, Tensor g, DeltaShape shape,
+                   std::span<const Segment<DeltaState>> segments) {
+    const int Dk = shape.key_dim, Dv = shape.value_dim, Hk = shape.key_heads, Hv = shape.value_heads;
+    // Value heads that share a key head go together, unless that leaves threads without work.
+    const int group = Hv / Hk, together = static_cast<int>(segments.size()) * Hk >= team_.size() ? group : 1;
+    const int pieces = Hv / together;
+    const cpu::Scratch::Pieces space = delta_scratch_.pieces(static_cast<std::size_t>(team_.size()),
+                                                             sizeof(float) * k_->delta_scratch(together, Dk, Dv));
+    const std::int64_t work =
+        std::int64_t{4} * together * (qkv.n_rows / std::max(1, static_cast<int>(segments.size())) + 1) * Dk * Dv;
+    team_.each(static_cast<int>(segments.size()) * pieces, work, [&](int item, int thread) {
+      const auto& s = segments[static_cast<std::size_t>(item / pieces)];
+      const int h = item % pieces * together, key_head = h / group;
+      cpu::Kernels::DeltaHeads heads{};
+      if (s.count > 0) {
+        heads.q = qkv.row(s.begin) + key_head * Dk;
+        heads.k = qkv.row(s.begin) + (Hk + key_head) * Dk;
+        heads.v = qkv.row(s.begin) + 2 * Hk * Dk + h * Dv;
+        heads.beta = beta.row(s.begin) + h;
+        heads.g = g.row(s.begin) + h;
+        heads.out = out.row(s.begin) + h * Dv;
+        heads.qk_stride = heads.v_stride = qkv.stride;
+        heads.gate_stride = beta.stride;
+        heads.out_stride = out.stride;
+      }
+      heads.S = s.state->S.floats() + static_cast<std::ptrdiff_t>(h) * Dv * Dk;
+      heads.heads = together, heads.T = s.count, heads.Dk = Dk, heads.Dv = Dv;
+      heads.tentative = s.tentative;
+      if (s.state->accepted > 0) {
+        const DeltaState& past = *s.state;
+        heads.past = {past.qkv.data() + (Hk + key_head) * Dk,
+                      past.qkv.data() + 2 * Hk * Dk + h * Dv,
+                      past.beta.data() + h,
+                      past.g.data() + h,
+                      past.channels,
+                      Hv,
+                      past.accepted};
+      }
+      (s.count < chunked_tokens ? k_->delta_recurrent : k_->delta_chunked)(heads,
+                                                                           reinterpret_cast<float*>(space[thread]));
+    });
+  }
 
   template <class F>
   void for_rows(const Tensor& x, F f) {

@@ -5,6 +5,7 @@
 // g <= 0, 0 < beta < 1.
 
 #include <cmath>
+#include <cstring>
 
 #include "backends/cpu/elementwise.hpp"
 #include "backends/cpu/float_product.hpp"
@@ -56,10 +57,12 @@ inline void delta_norms(const Kernels::DeltaHeads& h, int t, float* q, float* k)
 
 constexpr int chunk = 64;
 
-// Token by token, at most `chunk`: four rows of the state at a time see them all.  Scratch: q and k.
+// Token by token, at most `chunk`: four rows of the state at a time see them all.  Scratch: q and k, k of the past,
+// four rows of the state.
 inline void delta_recurrent(const Kernels::DeltaHeads& h, float* scratch) noexcept {
   const int Dk = h.Dk;
-  float *q = scratch, *k = q + h.T * Dk;
+  const Kernels::DeltaPast& past = h.past;
+  float *q = scratch, *k = q + h.T * Dk, *past_k = k + h.T * Dk, *copy = past_k + past.T * Dk;
   float kq[chunk];
   for (int t = 0; t < h.T; ++t) {
     float *qt = q + t * Dk, *kt = k + t * Dk;
@@ -68,20 +71,30 @@ inline void delta_recurrent(const Kernels::DeltaHeads& h, float* scratch) noexce
     for_lanes(Dk, [&](int i, int m) { total = mul_add(load_some(kt + i, m), load_some(qt + i, m), total); });
     kq[t] = sum(total);
   }
+  for (int t = 0; t < past.T; ++t) l2_norm(past_k + t * Dk, past.k + t * past.stride, Dk, 1);
   for (int head = 0; head < h.heads; ++head) {
     const float *g = h.g + head, *beta = h.beta + head, *v = h.v + head * h.Dv;
     float *out = h.out + head * h.Dv, *S = h.S + static_cast<std::ptrdiff_t>(head) * h.Dv * Dk;
-    float decay[chunk];
+    float decay[chunk], past_decay[chunk];
     for (int t = 0; t < h.T; ++t) decay[t] = ::expf(g[t * h.gate_stride]);
-    auto rows = [&](auto update, int r) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+    for (int t = 0; t < past.T; ++t) past_decay[t] = ::expf(past.g[t * past.gate_stride + head]);
+    auto rows = [&](auto update, int r, int n) QWEN3NEXT_FORCE_INLINE_LAMBDA {
+      float* s = S + r * Dk;
+      for (int t = 0; t < past.T; ++t) {  // as below, since its rounding must be the same; its output is known
+        const float* kt = past_k + t * Dk;
+        float known[4];
+        update(s, Dk, kt, kt, past.v + t * past.stride + head * h.Dv + r, 0, past_decay[t],
+               past.beta[t * past.gate_stride + head], known);
+      }
+      if (h.tentative) s = static_cast<float*>(std::memcpy(copy, s, sizeof(float) * static_cast<std::size_t>(n * Dk)));
       for (int t = 0; t < h.T; ++t) {
-        update(S + r * Dk, Dk, q + t * Dk, k + t * Dk, v + t * h.v_stride + r, kq[t], decay[t], beta[t * h.gate_stride],
+        update(s, Dk, q + t * Dk, k + t * Dk, v + t * h.v_stride + r, kq[t], decay[t], beta[t * h.gate_stride],
                out + t * h.out_stride + r);
       }
     };
     int r = 0;
-    for (; r + 4 <= h.Dv; r += 4) rows(delta_rows<4>, r);
-    for (; r < h.Dv; ++r) rows(delta_rows<1>, r);
+    for (; r + 4 <= h.Dv; r += 4) rows(delta_rows<4>, r, 4);
+    for (; r < h.Dv; ++r) rows(delta_rows<1>, r, 1);
   }
 }
 

@@ -99,6 +99,13 @@ struct Kernels {
   void (*causal_conv1d)(const Conv& conv) noexcept;
 
   // The value heads that share a key head, or some of them, T tokens.  S [heads, Dv, Dk].  See delta_rule.hpp.
+  // delta_recurrent only: `past.T` tokens before them enter S first; T may be 0 then.  If `tentative`, the T tokens do
+  // not enter S.
+  struct DeltaPast {
+    const float *k, *v, *beta, *g;
+    std::ptrdiff_t stride, gate_stride;  // of k and v, as they come from the convolution; of the gates
+    int T;
+  };
   struct DeltaHeads {
     const float *q, *k;     // [T, qk_stride], as they come from the convolution
     const float* v;         // [T, v_stride], heads Dv apart
@@ -107,6 +114,8 @@ struct Kernels {
     std::ptrdiff_t qk_stride, v_stride, gate_stride, out_stride;
     float* S;
     int heads, T, Dk, Dv;
+    DeltaPast past;
+    bool tentative;
   };
   std::size_t (*delta_scratch)(int heads, int Dk, int Dv) noexcept;  // floats
   void (*delta_recurrent)(const DeltaHeads& heads, float* scratch) noexcept;

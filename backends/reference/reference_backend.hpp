@@ -39,6 +39,10 @@ class ReferenceBackend {
   DeltaState delta_state(DeltaShape s) { return DeltaState(s); }
   KvCache kv_cache(AttentionShape s) { return KvCache(s, KvType::f32); }
   std::span<const float> host(Tensor row) { return row[0]; }
+  void set_host(Tensor row, std::span<const float> values) { std::copy(values.begin(), values.end(), row.row(0)); }
+  void copy(Tensor out, Tensor x) {
+    for (int t = 0; t < x.n_rows; ++t) std::copy_n(x.row(t), x.n_cols, out.row(t));
+  }
 
   void embed(Tensor out, std::span<const std::int32_t> tokens, const Weight& w) {
     for (int t = 0; t < out.n_rows; ++t) dequantize(w, tokens[static_cast<std::size_t>(t)], out.row(t));
@@ -73,8 +77,9 @@ class ReferenceBackend {
           out.row(t)[c] = silu(sum);
         }
         std::copy(window.begin() + C, window.end(), window.begin());
+        if (s.tentative) s.state->keep_inputs(t - s.begin, x.row(t));
       }
-      std::copy_n(window.begin(), past, s.state->conv.floats());
+      if (!s.tentative) std::copy_n(window.begin(), past, s.state->conv.floats());
     }
   }
 
@@ -89,24 +94,21 @@ class ReferenceBackend {
 
   void gated_delta_rule(Tensor out, Tensor qkv, Tensor beta, Tensor g, DeltaShape shape,
                         std::span<const Segment<DeltaState>> segments) {
-    const int Dk = shape.key_dim, Dv = shape.value_dim;
     for (const auto& s : segments) {
-      for (int h = 0; h < shape.value_heads; ++h) {
-        const int key_head = h / (shape.value_heads / shape.key_heads);
-        Matrix S(s.state->S.floats() + static_cast<std::ptrdiff_t>(h) * Dv * Dk, Dv, Dk);  // transposed state
-        for (int t = s.begin; t < s.begin + s.count; ++t) {
-          const float* q_in = qkv.row(t) + key_head * Dk;
-          const float* k_in = qkv.row(t) + (shape.key_heads + key_head) * Dk;
-          const auto v = vec(qkv.row(t) + 2 * shape.key_heads * Dk + h * Dv, Dv);
-          const Eigen::VectorXf q = l2_normalised(vec(q_in, Dk)) / std::sqrt(static_cast<float>(Dk));
-          const Eigen::VectorXf k = l2_normalised(vec(k_in, Dk));
-          S *= std::exp(g.row(t)[h]);
-          const Eigen::VectorXf delta = beta.row(t)[h] * (v - S * k);
-          S += delta * k.transpose();
-          vec(out.row(t) + h * Dv, Dv) = S * q;
-        }
+      settle_rows(*s.state, shape);
+      AlignedBytes guessed;
+      if (s.tentative) guessed = s.state->S;
+      float* S = s.tentative ? guessed.floats() : s.state->S.floats();
+      for (int t = s.begin; t < s.begin + s.count; ++t) {
+        delta_step(S, shape, qkv.row(t), beta.row(t), g.row(t), out.row(t));
+        if (s.tentative) s.state->keep_rows(t - s.begin, qkv.row(t), beta.row(t), g.row(t));
       }
     }
+  }
+
+  void settle(DeltaState& state, DeltaShape shape) {
+    settle_rows(state, shape);
+    state.settled();
   }
 
   void gated_rms_norm(Tensor out, Tensor o, Tensor z, const Vector& weight, float eps) {
@@ -148,17 +150,12 @@ class ReferenceBackend {
 
   void attention(Tensor out, Tensor q, Tensor k, Tensor v, AttentionShape shape,
                  std::span<const Segment<KvCache>> segments) {
+    append_kv(k, v, shape, segments);
     const int D = shape.head_dim;
     const float scale = 1 / std::sqrt(static_cast<float>(D));
     for (const auto& s : segments) {
       KvCache& cache = *s.state;
-      const std::int64_t first = cache.extend(s.count);
-      for (int t = 0; t < s.count; ++t) {
-        for (int h = 0; h < shape.kv_heads; ++h) {
-          store_row(cache.key_row(first + t, h), k.row(s.begin + t) + h * D, D);
-          store_row(cache.value_row(first + t, h), v.row(s.begin + t) + h * D, D);
-        }
-      }
+      const std::int64_t first = cache.length() - s.count;
       for (int t = 0; t < s.count; ++t) {
         for (int h = 0; h < shape.heads; ++h) {
           const int kv_head = h / (shape.heads / shape.kv_heads);
@@ -172,6 +169,19 @@ class ReferenceBackend {
           auto result = vec(out.row(s.begin + t) + h * D, D);
           result.setZero();
           for (std::int64_t p = 0; p < visible; ++p) result += scores[p] * vec(row(cache.value_row(p, kv_head)), D);
+        }
+      }
+    }
+  }
+
+  void append_kv(Tensor k, Tensor v, AttentionShape shape, std::span<const Segment<KvCache>> segments) {
+    const int D = shape.head_dim;
+    for (const auto& s : segments) {
+      const std::int64_t first = s.state->extend(s.count);
+      for (int t = 0; t < s.count; ++t) {
+        for (int h = 0; h < shape.kv_heads; ++h) {
+          store_row(s.state->key_row(first + t, h), k.row(s.begin + t) + h * D, D);
+          store_row(s.state->value_row(first + t, h), v.row(s.begin + t) + h * D, D);
         }
       }
     }
@@ -237,6 +247,33 @@ class ReferenceBackend {
   }
 
  private:
+  // One token: q, k and v of all heads side by side, beta and g of each value head.
+  static void delta_step(float* state, DeltaShape shape, const float* qkv, const float* beta, const float* g,
+                         float* out) {
+    const int Dk = shape.key_dim, Dv = shape.value_dim;
+    for (int h = 0; h < shape.value_heads; ++h) {
+      Matrix S(state + static_cast<std::ptrdiff_t>(h) * Dv * Dk, Dv, Dk);  // transposed state
+      const int key_head = h / (shape.value_heads / shape.key_heads);
+      const Eigen::VectorXf q = l2_normalised(vec(qkv + key_head * Dk, Dk)) / std::sqrt(static_cast<float>(Dk));
+      const Eigen::VectorXf k = l2_normalised(vec(qkv + (shape.key_heads + key_head) * Dk, Dk));
+      const auto v = vec(qkv + 2 * shape.key_heads * Dk + h * Dv, Dv);
+      S *= std::exp(g[h]);
+      const Eigen::VectorXf delta = beta[h] * (v - S * k);
+      S += delta * k.transpose();
+      vec(out + h * Dv, Dv) = S * q;
+    }
+  }
+
+  // What was accepted of a tentative pass.
+  static void settle_rows(DeltaState& state, DeltaShape shape) {
+    std::vector<float> known(static_cast<std::size_t>(shape.value_heads) * static_cast<std::size_t>(shape.value_dim));
+    for (int t = 0; t < state.accepted; ++t) {
+      delta_step(state.S.floats(), shape, state.qkv.data() + t * state.channels, state.beta.data() + t * state.heads,
+                 state.g.data() + t * state.heads, known.data());
+    }
+    state.accepted = 0;
+  }
+
   using Matrix = Eigen::Map<Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
 
   static Eigen::Map<Eigen::VectorXf> vec(float* data, int n) { return {data, n}; }
@@ -267,7 +304,12 @@ class ReferenceBackend {
     for (int begin = 0; begin < w.rows; begin += band) {
       const int n = std::min(band, w.rows - begin);
       for (int r = 0; r < n; ++r) dequantize(w, begin + r, rows.row(r).data());
-      out.middleCols(begin, n).noalias() = in * rows.topRows(n).transpose();
+      if (x.n_rows <= max_tentative_rows) {
+        for (int t = 0; t < x.n_rows; ++t)  // each as it is alone: a product of matrices sums in another order
+          out.row(t).segment(begin, n).noalias() = in.row(t) * rows.topRows(n).transpose();
+      } else {
+        out.middleCols(begin, n).noalias() = in * rows.topRows(n).transpose();
+      }
     }
   }
 

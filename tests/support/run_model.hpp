@@ -55,7 +55,7 @@ struct RunModel {
     step(s, tokens);
     const int rows = static_cast<int>(tokens.size()) - 1;
     const SequenceRows<B> sequence{0, rows, 0, &s};
-    mtp_forward<B>(be, config, *weights.mtp, tokens.subspan(1), {&sequence, 1}, a);
+    mtp_forward<B>(be, config, *weights.mtp, tokens.subspan(1), a.h.rows(0, rows), {&sequence, 1}, a);
     return head_logits(rows, weights.mtp->lm_head);
   }
 
