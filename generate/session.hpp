@@ -317,10 +317,11 @@ QWEN3NEXT_INLINE void decode_together(std::span<Turn> turns) {
     // In the scratch memory of one that has room for guesses, if there are any.
     const auto at = std::find_if(parts.begin(), parts.end(), [](const TimelineTurn& part) { return part.tentative; });
     if (!parts.empty()) {
-      (at != parts.end() ? *at : parts.front()).timeline->append_together(parts, [&](std::size_t i, auto logits) {
-        const Turn& turn = turns[leader.turn_of_part_[i]];
-        turn.session->keep_logits(turn, logits, parts[i].tentative);
-      });
+      (at != parts.end() ? *at : parts.front())
+          .timeline->append_together(parts, [&turns, &leader](std::size_t i, auto logits) {
+            const Turn& turn = turns[leader.turn_of_part_[i]];
+            turn.session->keep_logits(turn, logits, leader.parts_[i].tentative);
+          });
     }
   } catch (...) {
     for (const std::size_t i : leader.turn_of_part_) {  // tokens of a pass before the one that failed

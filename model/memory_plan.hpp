@@ -50,6 +50,10 @@ inline MemoryPlan plan_session(const Config& c, KvType kv, std::int64_t context,
   plan.delta_state = delta_layers * sizeof(float) *
                      (u(c.linear_num_value_heads) * u(c.linear_key_head_dim) * u(c.linear_value_head_dim) +
                       u(c.linear_conv_kernel_dim - 1) * u(c.conv_dim()));
+  if (c.has_mtp) {  // what guesses leave behind until they are accepted
+    plan.delta_state +=
+        delta_layers * sizeof(float) * u(max_tentative_rows) * 2 * (u(c.conv_dim()) + u(c.linear_num_value_heads));
+  }
   // As model/state.hpp's Activations, and inside of the backend: the hidden values of the experts, as floats and
   // quantised, and a quantised copy of an operation's input.
   const std::uint64_t inside =

@@ -352,12 +352,14 @@ struct Count {
   static constexpr int value = n;
 };
 
-// Calls f(Count<n>, first token) for pieces of n tokens, 1 to 4 or `most`: the sums of so many find registers.
+// Calls f(Count<n>, first token) for pieces of n tokens, 1 to 4, 5 (what a pass of guesses has) or `most`: the sums of
+// so many find registers.
 template <int most, class F>
 QWEN3NEXT_FORCE_INLINE void in_pieces(int T, F f) noexcept {
   int t = 0;
   for (; T - t >= most; t += most) f(Count<most>{}, t);
   if constexpr (most > 4) {
+    if (T - t >= 5) f(Count<5>{}, t), t += 5;
     if (T - t >= 4) f(Count<4>{}, t), t += 4;
   }
   if (T - t == 3) f(Count<3>{}, t);

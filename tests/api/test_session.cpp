@@ -208,12 +208,17 @@ TEST_CASE("wrong tokens and options are refused by name") {
 TEST_CASE("decoding allocates nothing") {
   Session session = model().session({.context = 512});
   session.prefill(model().tokenizer().encode("Once upon a time there was"));
-  for (std::int32_t i = 0; i < 20; ++i) session.decode(i + 100);
-  allocations = 0;
-  counting = true;
-  for (std::int32_t i = 0; i < 50; ++i) session.decode(i + 100);
-  counting = false;
-  CHECK(allocations == 0);
+  Sampler sampler({.temperature = 0});
+  for (const int drafts : {0, 3}) {
+    CAPTURE(drafts);
+    session.speculate(drafts > 0 ? &sampler : nullptr, drafts);
+    for (std::int32_t i = 0; i < 70; ++i) session.decode(i + 100);
+    allocations = 0;
+    counting = true;
+    for (std::int32_t i = 0; i < 50; ++i) session.decode(i + 100);
+    counting = false;
+    CHECK(allocations == 0);
+  }
 }
 
 TEST_CASE("sessions decoded together get what each gets alone") {
@@ -276,10 +281,10 @@ TEST_CASE("decoding together allocates nothing") {
   std::int32_t token = 100;
   std::vector<Turn> turns;
   for (Session* session : {&a, &b, &c}) turns.push_back({session, {&token, 1}});
-  for (; token < 130; ++token) decode_together(turns);
+  for (; token < 170; ++token) decode_together(turns);
   allocations = 0;
   counting = true;
-  for (; token < 160; ++token) decode_together(turns);
+  for (; token < 200; ++token) decode_together(turns);
   counting = false;
   CHECK(allocations == 0);
 }

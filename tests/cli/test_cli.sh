@@ -120,7 +120,9 @@ says "CUDA"
 try 1 run "$toy" -p hi --memory 1MiB
 says "MiB or more"
 try 1 run "$toy" -p hi --gpu-memory 1GiB
-try 1 run "$toy" -p hi --mtp 2
+try 2 run "$toy" -p hi --mtp 5
+try 1 run "$source/tests/golden/model/sharded" -p hi --mtp 2
+says "no MTP head"
 try 1 run "$toy" -p hi --isa vax
 says "'vax'; choose from "
 try 1 run "$toy" -p hi --backend reference --isa avx2
@@ -158,6 +160,9 @@ try 0 run toy -p 'Once upon' -n 40 --temp 0 --quiet --raw
 check "the same with --raw" cmp -s out greedy
 try 0 run toy -p 'Once upon' -n 40 --temp 0 --quiet --mtp 0 --memory auto --threads 1
 check "the same with one thread" cmp -s out greedy
+try 0 run toy -p 'Once upon' -n 40 --temp 0 --mtp 3
+check "the same with guesses" cmp -s out greedy
+says "a pass, guesses right: "
 try 0 run toy -p 'Once upon' -n 40 --temp 2 --top-k 0 --top-p 1 --seed 1 --quiet
 cp out seed1
 try 0 run toy -p 'Once upon' -n 40 --temp 2 --top-k 0 --top-p 1 --seed 1 --quiet
@@ -344,6 +349,20 @@ try 0 bench "$release" -p 0 -n 4 -r 1 --ops --parallel 2
 prints "decode 2 x 4"
 prints "decode x2 at depth 0"
 prints "a pass"
+try 0 bench "$release" -p 0 -n 20 -d 0,10 -r 2 --mtp 3 --accept 0.7 --json
+python '
+import json
+b = json.load(open("out"))
+mtp = [r for r in b["results"] if r["kind"] == "mtp"]
+assert [(r["depth"], r["drafts"], r["accept"], r["tokens"]) for r in mtp] == [(0, 3, 0.7, 20), (10, 3, 0.7, 20)]
+for r in mtp:
+    assert len(r["acceptance"]) == 3 and all(0 <= a <= 1 for a in r["acceptance"]) and 1 <= r["tokens_per_pass"] <= 4
+    assert abs(r["gain"] * r["plain_tokens_per_second"] / r["tokens_per_second"] - 1) < 1e-9 and r["possible_gain"] > 0.2'
+try 0 bench "$release" -p 0 -n 6 -r 1 --mtp auto --accept 1
+prints "auto x 6"
+try 2 bench "$release" -p 0 --accept 0.5
+try 1 bench "$source/tests/golden/model/sharded" -p 0 --mtp 1
+says "no MTP head"
 try 2 bench "$release" -p 4 -n 0 --parallel 2
 try 2 bench "$release" --backend reference --ops
 try 1 bench "$release" -n 4 -d 5000
