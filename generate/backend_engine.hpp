@@ -43,6 +43,7 @@ struct BackendSnapshot final : TimelineSnapshot {
     for (const LayerState<B>* layer : state.all_layers()) {
       if (layer->delta) layer->delta->bytes(sink);
     }
+    if (!state.hidden.empty()) sink(std::as_bytes(std::span(state.hidden)));
   }
   std::int64_t mtp_position() const override { return state.mtp_position; }
   bool begins(const TimelineSnapshot& longer) const override {
@@ -218,12 +219,8 @@ class BackendTimeline final : public Timeline {
   std::shared_ptr<const TimelineSnapshot> snapshot() override {
     drop_guesses();
     state_.settle(be_, c_);
-    state_.hidden.clear();
-    if (unseen_ && unseen_->count > 0) {
-      feed(*this, unseen_->count - 1);
-      const std::span<const float> hidden = be_.host(unseen_->hidden.rows(0, 1));
-      state_.hidden.assign(hidden.begin(), hidden.end());
-    }
+    if (unseen_) feed(*this, unseen_->count - 1);
+    keep_hidden(state_, unseen_ && unseen_->count > 0 ? std::optional(unseen_->hidden.rows(0, 1)) : std::nullopt);
     return std::make_shared<BackendSnapshot<B>>(&w_, kv_, state_);
   }
   void restore(const TimelineSnapshot& snapshot) override {
@@ -233,7 +230,7 @@ class BackendTimeline final : public Timeline {
     forget_guesses();
     state_ = mine->state;
     if (unseen_) unseen_->clear();
-    if (unseen_ && !state_.hidden.empty()) {
+    if (unseen_ && !state_.hidden.empty() && state_.mtp_position + 1 == state_.position) {
       be_.set_host(unseen_->hidden.rows(0, 1), state_.hidden);
       unseen_->count = 1;
     }
@@ -418,10 +415,7 @@ class BackendTimeline final : public Timeline {
       s.position = state_.position - T + kept_rows_[i].row;
       s.settle(be_, c_);
       s.mtp_position = std::min(state_.mtp_position, s.position - 1);
-      if (unseen_) {
-        const std::span<const float> hidden = be_.host(a_.h.rows(kept_rows_[i].row - 1, 1));
-        s.hidden.assign(hidden.begin(), hidden.end());
-      }
+      keep_hidden(s, unseen_ ? std::optional(a_.h.rows(kept_rows_[i].row - 1, 1)) : std::nullopt);
       for (std::size_t l = 0; l < s.layers.size(); ++l) {
         if (!state_.layers[l].kv) continue;
         s.layers[l].kv = state_.layers[l].kv;
@@ -432,6 +426,14 @@ class BackendTimeline final : public Timeline {
       sink(done + kept_rows_[i].row, kept_snapshots_[i]);
     }
     kept_rows_.clear(), kept_snapshots_.clear();
+  }
+
+  // What the MTP layer is yet to see, in a snapshot; zeros if nobody knows.
+  void keep_hidden(SequenceState<B>& s, std::optional<typename B::Tensor> row) {
+    s.hidden.assign(c_.has_mtp ? static_cast<std::size_t>(c_.hidden_size) : 0, 0.0f);
+    if (!row) return;
+    const std::span<const float> hidden = be_.host(*row);
+    std::copy(hidden.begin(), hidden.end(), s.hidden.begin());
   }
 
   // Takes from the budget what T more tokens need.
@@ -552,7 +554,9 @@ class BackendEngine final : public Engine {
   }
   std::string description() const override { return description_; }
   KvType default_kv() const override { return default_kv_; }
-  std::uint64_t state_bytes() const override { return plan_session(config_, default_kv_, 1, 1).delta_state; }
+  std::uint64_t state_bytes() const override {
+    return plan_session(config_, default_kv_, 1, 1).delta_state + sizeof(float) * hidden_size();
+  }
   std::uint64_t kv_bytes(KvType kv, std::int64_t position, std::int64_t mtp_position) const override {
     Config trunk = config_;
     trunk.has_mtp = false;
@@ -565,6 +569,7 @@ class BackendEngine final : public Engine {
     B backend = make_backend_(kv);
     SequenceState<B> state(backend, config_);
     state.position = position, state.mtp_position = mtp_position;
+    state.hidden.resize(hidden_size());
     const auto* whole = longer ? &dynamic_cast<const BackendSnapshot<B>&>(*longer).state : nullptr;
     const auto make_room = [&](auto& kv_cache, const auto* of_whole, std::int64_t length) {
       if (of_whole) {
@@ -579,6 +584,9 @@ class BackendEngine final : public Engine {
     if (state.mtp.kv) make_room(state.mtp.kv, whole ? &whole->mtp.kv : nullptr, mtp_position);
     return std::make_shared<BackendSnapshot<B>>(&weights_, kv, std::move(state));
   }
+  // Of the hidden state in a snapshot.
+  std::size_t hidden_size() const { return config_.has_mtp ? static_cast<std::size_t>(config_.hidden_size) : 0; }
+
   std::optional<ExpertStatistics> expert_statistics() const override {
     return streaming_ ? streaming_->statistics() : std::nullopt;
   }

@@ -50,10 +50,6 @@ inline MemoryPlan plan_session(const Config& c, KvType kv, std::int64_t context,
   plan.delta_state = delta_layers * sizeof(float) *
                      (u(c.linear_num_value_heads) * u(c.linear_key_head_dim) * u(c.linear_value_head_dim) +
                       u(c.linear_conv_kernel_dim - 1) * u(c.conv_dim()));
-  if (c.has_mtp) {  // what guesses leave behind until they are accepted
-    plan.delta_state +=
-        delta_layers * sizeof(float) * u(max_tentative_rows) * 2 * (u(c.conv_dim()) + u(c.linear_num_value_heads));
-  }
   // As model/state.hpp's Activations, and inside of the backend: the hidden values of the experts, as floats and
   // quantised, and a quantised copy of an operation's input.
   const std::uint64_t inside =
@@ -64,6 +60,10 @@ inline MemoryPlan plan_session(const Config& c, KvType kv, std::int64_t context,
                             2 * u(c.shared_expert_intermediate_size) + 1 + (c.has_mtp ? 2 * u(c.hidden_size) : 0);
   const std::uint64_t rows = std::min(u(batch), u(context));
   plan.scratch = sizeof(float) * (rows * (row + inside) + std::min<std::uint64_t>(rows, 16) * u(c.vocab_size));
+  if (c.has_mtp) {  // rows of DeltaNet layers that are guesses, and hidden states that the MTP layer has not seen
+    const std::uint64_t guess = delta_layers * 2 * (u(c.conv_dim()) + u(c.linear_num_value_heads));
+    plan.scratch += sizeof(float) * (u(max_tentative_rows) * guess + 64 * u(c.hidden_size));
+  }
   return plan;
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "qwen3next.hpp"
+#include "tests/support/temp_folder.hpp"
 
 using namespace qwen3next;
 
@@ -235,13 +236,20 @@ TEST_CASE("guessing where it is not possible is an error, or left out if nobody 
   CHECK_THROWS_WITH_AS(session.generate(" and", {}, options(0, 5, 5)), doctest::Contains("expected 0..4"), Error);
 }
 
-TEST_CASE("a session that goes on from another's snapshot guesses as well as that one") {
+TEST_CASE("a session that goes on from another's snapshot or file guesses as well as that one") {
   Session first = model().session({.context = 1024});
   first.generate(story, {}, options(0, 0, 100));
   const Snapshot snapshot = first.snapshot();
   Session second = model().session({.context = 1024});
   second.restore(snapshot);
-  const Generated a = first.generate("", {}, options(0, 2, 100)), b = second.generate("", {}, options(0, 2, 100));
+  const test::TempFolder folder;
+  first.save(folder.path() / "first.state");
+  Session third = model().session({.context = 1024});
+  third.load(folder.path() / "first.state");
+  const Generated a = first.generate("", {}, options(0, 2, 100)), b = second.generate("", {}, options(0, 2, 100)),
+                  c = third.generate("", {}, options(0, 2, 100));
   CHECK(a.tokens == b.tokens);
+  CHECK(a.tokens == c.tokens);
   CHECK(a.mtp.accepted == b.mtp.accepted);
+  CHECK(a.mtp.accepted == c.mtp.accepted);
 }
