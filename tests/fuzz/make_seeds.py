@@ -139,6 +139,11 @@ def main():
     profile = {"format": "qwen3next expert profile", "version": 1, "model": "m", "experts": 3, "tokens": [9, 7],
                "counts": [[1, 9, 0], [2, 3, 4]]}
     seed("expert_profile", "two_layers", json.dumps(profile))
+    seed("state_file", "whole", struct.pack("<BH", 1, 0))
+    seed("state_file", "tokens", struct.pack("<BHIQ", 1, 0, 64, 3 << 32 | 9))
+    seed("state_file", "positions", struct.pack("<BHIQIQ", 1, 0, 64 + 28, 6, 64 + 36, 9))
+    seed("state_file", "body", struct.pack("<BHIQ", 0, 0, 9000, 1))
+    seed("state_file", "short", struct.pack("<BH", 0, 100))
     seed("tokenizer_json", "ascii", tokenizer_json(source / "tests/golden/text/tokenizer.json", V))
     seed("tokenizer_json", "bytes", tokenizer_json(source / "tests/golden/text/tokenizer.json", 384))
     seed("encode", "words", "it's 12 o'clock,  \r\n\tthe <|im_end|> \u0130\u0301\u00e9\u00e9 aaaaaaaa <tool_call>")
