@@ -58,21 +58,28 @@ class DraftDepth {
     if (unknown >= 0) return unknown;
     if (round_ < next_trial_) return best;
     trial_up_ = !trial_up_;
-    next_trial_ = round_ + trial_interval;
+    next_trial_ = round_ + wait_;
     return std::clamp(best + (trial_up_ || best == 0 ? 1 : -1), 0, most);
   }
 
   // A round took so many seconds, with `drafts` guesses of which `right` were.
   void note(int drafts, int right, double seconds) {
     seconds_[static_cast<std::size_t>(drafts)].add(seconds);
-    for (int i = 0; i < std::min(right + 1, drafts); ++i) acceptance_[static_cast<std::size_t>(i)].add(i < right);
-    if (best_ == 0 && right > 0) next_trial_ = std::min(next_trial_, round_ + soon);
+    const bool trial = best_ == 0 && drafts > 0;  // rare: counts for more
+    for (int i = 0; i < std::min(right + 1, drafts); ++i)
+      acceptance_[static_cast<std::size_t>(i)].add(i < right, trial ? 8 : 64);
+    if (trial) {  // the less comes of trials, the rarer they get
+      wait_ = right > 0 ? often : std::min(2 * wait_, seldom);
+      const bool close = seconds_[0].count > 0 && seconds_[1].count > 0 && rate(1) > 0.95 * rate(0);
+      next_trial_ = round_ + (right > 0 && close ? soon : wait_);
+    }
     decide();
+    if (best_ > 0) wait_ = often;
   }
 
  private:
-  static constexpr std::int64_t trial_interval = 64, soon = 8;
-  static constexpr int first_rounds = 2;  // of each depth, before its time is believed
+  static constexpr std::int64_t often = 64, seldom = 512, soon = 8;  // rounds between trials
+  static constexpr int first_rounds = 2;                             // of each depth, before its time is believed
 
   struct Seconds {
     double value = 0;
@@ -87,7 +94,7 @@ class DraftDepth {
   struct Share {
     double value = 0.7;
     int count = 4;  // so many observations is this worth
-    void add(bool right) { value += ((right ? 1. : 0.) - value) / std::min(++count, 32); }
+    void add(bool right, int memory) { value += ((right ? 1. : 0.) - value) / std::min(++count, memory); }
   };
 
   double tokens(int drafts) const {
@@ -118,7 +125,7 @@ class DraftDepth {
   std::array<Share, most_drafts> acceptance_;
   int best_ = 1;
   bool trial_up_ = false;
-  std::int64_t round_ = 0, next_trial_ = trial_interval;
+  std::int64_t round_ = 0, wait_ = often, next_trial_ = often;
 };
 
 }  // namespace qwen3next
