@@ -6,7 +6,7 @@
 #include "backends/cpu/cpu_backend.hpp"
 #include "backends/traced_backend.hpp"
 #include "cli/bench.hpp"
-#include "generate/backend_engine.hpp"
+#include "generate/backend_timeline.hpp"
 
 namespace qwen3next::cli {
 
