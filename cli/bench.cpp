@@ -250,8 +250,7 @@ void add_bench(CLI::App& app) {
   add_mtp_option(command, o->model);
   command.get_option("--mtp")
       ->description("Also decode with so many guesses of the MTP head, beside none, in turns")
-      ->option_text("N|auto")
-      ->group("");
+      ->option_text("N|auto");
   const auto count = CLI::Range(std::int64_t{0}, std::int64_t{1} << 30);
   command.add_option("-p,--prefill", o->prefill, "Tokens to read at once; 0: leave it out")
       ->option_text("N [512]")
@@ -278,7 +277,6 @@ void add_bench(CLI::App& app) {
                   "Instead: so many turns of a chat with -d tokens of history, -p asked and -n answered in each")
       ->option_text("N")
       ->check(CLI::Range(1, 1000));
-  command.get_option("--mtp")->group("OPTIONS");
   command
       .add_option("--accept", o->accept,
                   "With --mtp: each guess is right with this probability, whatever the model says")
