@@ -56,9 +56,9 @@ inline CLI::Option* add_yarn_option(CLI::App& command, double& factor) {
       ->check(CLI::Range(1., 1024.));
 }
 
-// Bytes of "20GiB", "20GB", "500M" or a plain number; nothing of "auto".
-inline std::optional<std::uint64_t> memory_size(const std::string& text, const std::string& option = "--memory") {
-  if (text == "auto" && option == "--memory") return {};
+// Bytes of "20GiB", "20GB", "500M" or a plain number, as an option's value; `else_expected` is what else it may be.
+inline std::uint64_t size_in_bytes(const std::string& option, const std::string& text,
+                                   const std::string& else_expected = "") {
   std::string number = text;
   std::uint64_t bytes = 0;
   bool good = true;
@@ -69,10 +69,13 @@ inline std::optional<std::uint64_t> memory_size(const std::string& text, const s
   }
   const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), bytes);
   if (!good || error != std::errc() || end != number.data() + number.size() || bytes == 0)
-    throw CLI::ValidationError(
-        option + " " + text,
-        std::string("expected ") + (option == "--memory" ? "auto, or " : "") + "a size as 20GiB, 20GB or 500MiB");
+    throw CLI::ValidationError(option + " " + text, "expected " + else_expected + "a size as 20GiB, 20GB or 500MiB");
   return bytes;
+}
+// Of --memory; nothing of "auto".
+inline std::optional<std::uint64_t> memory_size(const std::string& text) {
+  if (text == "auto") return {};
+  return size_in_bytes("--memory", text, "auto, or ");
 }
 
 inline void add_memory_options(CLI::App& command, std::string& memory, std::string& profile) {
@@ -204,7 +207,7 @@ inline Model open_model(const ModelOptions& o) {
                                                 .memory = memory_size(o.memory),
                                                 .expert_profile = file_path(o.expert_profile),
                                                 .cache_dir = file_path(o.cache_dir),
-                                                .cache_dir_bytes = memory_size(o.cache_size, "--cache-size").value()});
+                                                .cache_dir_bytes = size_in_bytes("--cache-size", o.cache_size)});
   if (drafts(o) > 0 && !model.config().has_mtp) {
     throw Error("--mtp " + o.mtp + ": " + o.path +
                 " holds no MTP head; leave it out, or name a file that does: --mtp-file");
