@@ -80,6 +80,9 @@ inline Rows random_rows(Random& random, int rows, int cols, float scale = 1) {
   for (auto& row : out) row = random.normals(static_cast<std::size_t>(cols), scale);
   return out;
 }
+inline Rows slice(const Rows& rows, int begin, int count) {
+  return Rows(rows.begin() + begin, rows.begin() + begin + count);
+}
 inline Rows read(const HostTensor& t) {
   Rows out;
   for (int r = 0; r < t.n_rows; ++r) out.emplace_back(t.row(r), t.row(r) + t.n_cols);

@@ -28,8 +28,6 @@ struct Batch {
   }
 };
 
-Rows slice(const Rows& rows, int begin, int count) { return Rows(rows.begin() + begin, rows.begin() + begin + count); }
-
 struct Delta {
   DeltaShape shape;
   Rows qkv, beta, g, taps;

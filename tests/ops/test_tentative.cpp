@@ -8,8 +8,6 @@ using namespace qwen3next::test;
 
 namespace {
 
-Rows some(const Rows& rows, int begin, int count) { return Rows(rows.begin() + begin, rows.begin() + begin + count); }
-
 // The rows of `run(begin, count)`, all at once and one by one, for every number of rows that may be guesses.
 template <class Run>
 void check_rows(Run run) {
@@ -45,10 +43,10 @@ struct Inputs {
   Rows run(B& be, HostDeltaState& state, int begin, int count, bool tentative = false) const {
     const Segment<HostDeltaState> segment{0, count, begin, &state, tentative};
     HostTensor conv = be.tensor(count, shape.conv_dim()), out = be.tensor(count, shape.value_heads * shape.value_dim);
-    be.causal_conv1d(conv, make(be, some(x, begin, count)),
+    be.causal_conv1d(conv, make(be, slice(x, begin, count)),
                      VectorView{flat_taps.data(), static_cast<int>(flat_taps.size()), shape.conv_kernel},
                      {&segment, 1});
-    be.gated_delta_rule(out, conv, make(be, some(beta, begin, count)), make(be, some(g, begin, count)), shape,
+    be.gated_delta_rule(out, conv, make(be, slice(beta, begin, count)), make(be, slice(g, begin, count)), shape,
                         {&segment, 1});
     return read(out);
   }
@@ -110,7 +108,7 @@ TEST_CASE("few rows at once are single steps, bit for bit: products of every typ
       const Matrix w(random, i.type, 37, i.elements == 256 ? 512 : 288 / i.elements * i.elements, 1, 1, true);
       const Rows x = random_rows(random, max_tentative_rows, w.view.cols);
       CpuBackend be = cpu_backend(isa);
-      check_rows([&](int begin, int count) { return run_linear(be, w.view, some(x, begin, count)); });
+      check_rows([&](int begin, int count) { return run_linear(be, w.view, slice(x, begin, count)); });
     }
   });
 }
@@ -135,9 +133,9 @@ TEST_CASE("few rows at once are single steps, bit for bit: experts that they sha
       CpuBackend be = cpu_backend(isa);
       check_rows([&](int begin, int count) {
         HostRouting routing = be.routing(count, k);
-        be.router(routing, make(be, some(logits, begin, count)), k, true);
+        be.router(routing, make(be, slice(logits, begin, count)), k, true);
         HostTensor out = be.tensor(count, H);
-        be.experts(out, make(be, some(x, begin, count)), experts, routing);
+        be.experts(out, make(be, slice(x, begin, count)), experts, routing);
         return read(out);
       });
     }
@@ -159,14 +157,14 @@ TEST_CASE("few rows at once are single steps, bit for bit: attention over every 
                      v = random_rows(random, T, shape.kv_heads * shape.head_dim);
           HostKvCache before = be.kv_cache(shape);
           const Segment<HostKvCache> first{0, past, 0, &before};
-          if (past > 0) be.append_kv(make(be, some(k, 0, past)), make(be, some(v, 0, past)), shape, {&first, 1});
+          if (past > 0) be.append_kv(make(be, slice(k, 0, past)), make(be, slice(v, 0, past)), shape, {&first, 1});
           HostKvCache cache = before;
           check_rows([&](int begin, int count) {
             cache.truncate(past + begin);
             const Segment<HostKvCache> segment{0, count, past + begin, &cache};
             HostTensor out = be.tensor(count, shape.heads * shape.head_dim);
-            be.attention(out, make(be, some(q, past + begin, count)), make(be, some(k, past + begin, count)),
-                         make(be, some(v, past + begin, count)), shape, {&segment, 1});
+            be.attention(out, make(be, slice(q, past + begin, count)), make(be, slice(k, past + begin, count)),
+                         make(be, slice(v, past + begin, count)), shape, {&segment, 1});
             return read(out);
           });
         }
