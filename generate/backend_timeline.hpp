@@ -109,11 +109,9 @@ class BackendTimeline final : public Timeline {
     others_.clear();
     for (const TimelineTurn& turn : turns) {
       check(turn.tokens);
-      auto* other = dynamic_cast<BackendTimeline*>(turn.timeline);
-      if (!other || &other->w_ != &w_) throw Error("sessions of different models cannot share a pass");
       if (turn.tentative && static_cast<int>(turn.tokens.size()) > std::min(max_tentative_rows, a_.max_rows))
         throw Error("more guesses than fit a pass");
-      others_.push_back(other);
+      others_.push_back(&of_this_model(turn.timeline));
     }
     for (BackendTimeline* t : others_) t->drop_guesses();
     std::size_t turn = 0, done = 0;  // the next token's place
@@ -187,11 +185,10 @@ class BackendTimeline final : public Timeline {
     std::vector<Draft>& drafts = drafts_;
     drafts.clear();
     for (const DraftTurn& turn : turns) {
-      auto* timeline = dynamic_cast<BackendTimeline*>(turn.timeline);
-      if (!timeline || &timeline->w_ != &w_) throw Error("sessions of different models cannot share a pass");
-      timeline->drop_guesses();
-      timeline->feed(*this, timeline->unseen_->count - 1);
-      drafts.push_back({&turn, timeline, timeline->state_.mtp_position, turn.token});
+      BackendTimeline& timeline = of_this_model(turn.timeline);
+      timeline.drop_guesses();
+      timeline.feed(*this, timeline.unseen_->count - 1);
+      drafts.push_back({&turn, &timeline, timeline.state_.mtp_position, turn.token});
     }
     try {
       for (int ahead = 1;; ++ahead) {
@@ -253,6 +250,12 @@ class BackendTimeline final : public Timeline {
     }
   }
 
+  BackendTimeline& of_this_model(Timeline* timeline) const {
+    auto* other = dynamic_cast<BackendTimeline*>(timeline);
+    if (!other || &other->w_ != &w_) throw Error("sessions of different models cannot share a pass");
+    return *other;
+  }
+
   // The tokens in as few pieces as a_.max_rows allows, of about equal size: a short one costs nearly as much as a long
   // one.
   struct Steps {
@@ -275,11 +278,11 @@ class BackendTimeline final : public Timeline {
     return {tokens, (tokens.size() + pieces - 1) / pieces};
   }
 
-  // Final hidden states that the MTP layer has not seen, because nobody asked for a guess yet: fed many at a time, they
-  // cost next to nothing.
+  // Final hidden states that the MTP layer has not seen, because nobody asked for a guess yet.
   struct Unseen {
-    Unseen(B& be, const Config& c) : hidden(be.tensor(capacity, c.hidden_size)) { next.reserve(capacity); }
-    static constexpr int capacity = 64;
+    Unseen(B& be, const Config& c) : hidden(be.tensor(max_unseen_states, c.hidden_size)) {
+      next.reserve(max_unseen_states);
+    }
 
     void follow(std::int32_t token) {
       if (count > 0) next.push_back(token);
@@ -290,7 +293,7 @@ class BackendTimeline final : public Timeline {
     }
     void clear() { count = 0, next.clear(); }
 
-    typename B::Tensor hidden;       // [capacity, H], of the last `count` tokens
+    typename B::Tensor hidden;       // [max_unseen_states, H], of the last `count` tokens
     std::vector<std::int32_t> next;  // the token after each but the last
     int count = 0;
   };
@@ -317,7 +320,7 @@ class BackendTimeline final : public Timeline {
     if (!unseen_) return;
     const int T = static_cast<int>(tokens.size());
     unseen_->follow(tokens.front());
-    if (unseen_->count + T > Unseen::capacity) {
+    if (unseen_->count + T > max_unseen_states) {
       feed(at, unseen_->count);
       if (T > 1) feed_rows(at, tokens.subspan(1), at.a_.h.rows(begin, T - 1));
       unseen_->keep(at.be_, at.a_.h.rows(begin + T - 1, 1));

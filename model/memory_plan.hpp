@@ -10,6 +10,9 @@
 
 namespace qwen3next {
 
+// Final hidden states that may wait for the MTP layer; fed many at a time, they cost next to nothing.
+inline constexpr int max_unseen_states = 64;
+
 // What a model and a session on it take, in bytes.
 struct MemoryPlan {
   std::uint64_t weights_mapped = 0;  // bytes of the files; the system pages them in and out
@@ -62,7 +65,7 @@ inline MemoryPlan plan_session(const Config& c, KvType kv, std::int64_t context,
   plan.scratch = sizeof(float) * (rows * (row + inside) + std::min<std::uint64_t>(rows, 16) * u(c.vocab_size));
   if (c.has_mtp) {  // rows of DeltaNet layers that are guesses, and hidden states that the MTP layer has not seen
     const std::uint64_t guess = delta_layers * 2 * (u(c.conv_dim()) + u(c.linear_num_value_heads));
-    plan.scratch += sizeof(float) * (u(max_tentative_rows) * guess + 64 * u(c.hidden_size));
+    plan.scratch += sizeof(float) * (u(max_tentative_rows) * guess + u(max_unseen_states) * u(c.hidden_size));
   }
   return plan;
 }
