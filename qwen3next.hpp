@@ -49,7 +49,6 @@
 
 #include "core/error.hpp"
 #include "generate/chat.hpp"
-#include "generate/defaults.hpp"
 #include "generate/engine.hpp"
 #include "generate/generate.hpp"
 #include "generate/prefix_cache.hpp"
@@ -60,6 +59,7 @@
 #include "model/config.hpp"
 #include "model/memory_plan.hpp"
 #include "text/chat_template.hpp"
+#include "text/generation_defaults.hpp"
 #include "text/load.hpp"
 #include "text/tokenizer.hpp"
 #include "weights/checkpoint.hpp"

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "core/error.hpp"
-#include "generate/defaults.hpp"
+#include "text/generation_defaults.hpp"
 
 namespace qwen3next {
 

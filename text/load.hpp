@@ -8,8 +8,8 @@
 #include <string>
 
 #include "core/linkage.hpp"
-#include "generate/defaults.hpp"
 #include "text/chat_template.hpp"
+#include "text/generation_defaults.hpp"
 #include "text/tokenizer.hpp"
 #include "weights/gguf.hpp"
 #include "weights/mapped_file.hpp"
