@@ -11,6 +11,12 @@ install(FILES ${PROJECT_SOURCE_DIR}/LICENSE DESTINATION ${CMAKE_INSTALL_DOCDIR})
 install(TARGETS qwen3next qwen3next_headers EXPORT qwen3nextTargets
   ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(EXPORT qwen3nextTargets NAMESPACE qwen3next:: DESTINATION ${package_dir})
+if(QWEN3NEXT_USES_CUDA)
+  # In a folder of its own: nobody else's -lcudart_static finds it.
+  set(QWEN3NEXT_CUDART_DIR ${CMAKE_INSTALL_LIBDIR}/qwen3next)
+  install(FILES ${QWEN3NEXT_CUDART} DESTINATION ${QWEN3NEXT_CUDART_DIR})
+  set(QWEN3NEXT_PC_LIBS " -L\${libdir}/qwen3next -lcudart_static -ldl -lrt")
+endif()
 configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/qwen3nextConfig.cmake.in
   ${PROJECT_BINARY_DIR}/package/qwen3nextConfig.cmake INSTALL_DESTINATION ${package_dir}
   NO_SET_AND_CHECK_MACRO NO_CHECK_REQUIRED_COMPONENTS_MACRO)

@@ -2,6 +2,8 @@
 # QWEN3NEXT_RUNTIME_LIBRARIES to targets, and QWEN3NEXT_MISSING to what is not there, by its Debian package.
 #
 # QWEN3NEXT_USES_IO_URING: whether liburing is one of them.  The installed package says; the build takes it if it is there.
+# QWEN3NEXT_USES_CUDA: whether the compiled library, not the header, needs the target qwen3next::cudart, CUDA's static
+# runtime: QWEN3NEXT_CUDART, which is installed beside the library.
 
 set(QWEN3NEXT_MISSING)
 
@@ -57,4 +59,10 @@ if(NOT DEFINED QWEN3NEXT_USES_IO_URING OR QWEN3NEXT_USES_IO_URING)
     set(QWEN3NEXT_USES_IO_URING OFF)
   endif()
 endif()
+
+if(QWEN3NEXT_USES_CUDA AND NOT TARGET qwen3next::cudart)
+  add_library(qwen3next::cudart INTERFACE IMPORTED GLOBAL)
+  target_link_libraries(qwen3next::cudart INTERFACE ${QWEN3NEXT_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
+endif()
+
 string(REPLACE ";" "\n  " QWEN3NEXT_MISSING "${QWEN3NEXT_MISSING}")
