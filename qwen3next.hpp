@@ -73,6 +73,7 @@ struct Options {
   int threads = 0;                   // 0: as many as this process may run on
   std::filesystem::path mtp_path{};  // a file or folder with the model's MTP block alone, if its own files have none
   double yarn_factor = 0;            // more than 1: YaRN context extension by this factor; 0: as the files say
+  Progress on_load{};                // cuda: told of the bytes of weights that have reached the GPU, of how many
   int experts_used = 0;              // routed experts of a token, fewer than the model's: faster, worse; 0: the model's
 
   // Bytes for weights and sessions together: dense weights stay in memory, as many experts as fit beside them, the rest

@@ -40,6 +40,14 @@ struct Projection {
   Tensor y;              // [T, N]
 };
 
+// The expert that serves all tokens.
+template <class Weight>
+struct SharedExpert {
+  const Weight& gate;  // [Is, H]
+  const Weight& up;    // [Is, H]
+  const Weight& down;  // [H, Is]
+};
+
 struct DeltaShape {
   int key_heads, value_heads, key_dim, value_dim, conv_kernel;
   int conv_dim() const noexcept { return 2 * key_heads * key_dim + value_heads * value_dim; }
@@ -82,6 +90,7 @@ concept BackendOps = requires(B& be, typename B::Tensor t, const typename B::Wei
   requires requires(typename B::DeltaState state, typename B::KvCache cache, const BytesSink& sink,
                     std::vector<SharedMemory>& blocks) {
     state.bytes(sink);
+    { state.size_in_bytes() } -> std::same_as<std::uint64_t>;  // what bytes() gives in all
     cache.bytes(sink);
     { cache.begins(cache) } -> std::same_as<bool>;
     cache.extend(int());

@@ -35,6 +35,7 @@ struct HostDeltaState {
 
   // For files: S, conv.
   void bytes(const BytesSink& sink) const { sink({S.data(), S.size()}), sink({conv.data(), conv.size()}); }
+  std::uint64_t size_in_bytes() const noexcept { return S.size() + conv.size(); }
   // Of tentative rows: what the convolution read and made [rows, channels], and the gates [rows, Hv].
   int channels = 0, heads = 0;
   std::vector<float> inputs, qkv, beta, g;

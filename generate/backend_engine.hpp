@@ -34,7 +34,11 @@ class BackendEngine final : public Engine {
         make_backend_(std::move(make_backend)),
         description_(std::move(description)),
         streaming_(std::move(streaming)) {
-    if (!streaming_) take_weights<B>(views, weights_);
+    if constexpr (requires { make_backend_.take(views, weights_); }) {
+      make_backend_.take(views, weights_);
+    } else if (!streaming_) {
+      take_weights<B>(views, weights_);
+    }
   }
   std::unique_ptr<Timeline> timeline(const TimelineOptions& options) const override {
     if (options.batch < 1) throw Error("batch is " + std::to_string(options.batch) + ", expected at least 1");
@@ -64,11 +68,28 @@ class BackendEngine final : public Engine {
   }
   std::shared_ptr<const TimelineSnapshot> blank_snapshot(KvType kv, std::int64_t position, std::int64_t mtp_position,
                                                          const TimelineSnapshot* longer) const override {
-    B backend = make_backend_(kv);
-    SequenceState<B> state(backend, config_);
+    if constexpr (KeepsStatesElsewhere<B>) {
+      return blank<typename B::Host>(B::host_backend(kv), kv, position, mtp_position, longer);
+    } else {
+      return blank<B>(make_backend_(kv), kv, position, mtp_position, longer);
+    }
+  }
+  // Of the hidden state in a snapshot.
+  std::size_t hidden_size() const { return config_.has_mtp ? static_cast<std::size_t>(config_.hidden_size) : 0; }
+
+  std::optional<ExpertStatistics> expert_statistics() const override {
+    return streaming_ ? streaming_->statistics() : std::nullopt;
+  }
+
+ private:
+  // In this machine's memory, as H keeps states.
+  template <BackendOps H>
+  std::shared_ptr<const TimelineSnapshot> blank(H backend, KvType kv, std::int64_t position, std::int64_t mtp_position,
+                                                const TimelineSnapshot* longer) const {
+    SequenceState<H> state(backend, config_);
     state.position = position, state.mtp_position = mtp_position;
     state.hidden.resize(hidden_size());
-    const auto* whole = longer ? &dynamic_cast<const BackendSnapshot<B>&>(*longer).state : nullptr;
+    const auto* whole = longer ? &dynamic_cast<const BackendSnapshot<H>&>(*longer).state : nullptr;
     const auto make_room = [&](auto& kv_cache, const auto* of_whole, std::int64_t length) {
       if (of_whole) {
         kv_cache = *of_whole;
@@ -80,16 +101,9 @@ class BackendEngine final : public Engine {
     for (std::size_t i = 0; i < state.layers.size(); ++i)
       if (state.layers[i].kv) make_room(state.layers[i].kv, whole ? &whole->layers[i].kv : nullptr, position);
     if (state.mtp.kv) make_room(state.mtp.kv, whole ? &whole->mtp.kv : nullptr, mtp_position);
-    return std::make_shared<BackendSnapshot<B>>(&weights_, kv, std::move(state));
-  }
-  // Of the hidden state in a snapshot.
-  std::size_t hidden_size() const { return config_.has_mtp ? static_cast<std::size_t>(config_.hidden_size) : 0; }
-
-  std::optional<ExpertStatistics> expert_statistics() const override {
-    return streaming_ ? streaming_->statistics() : std::nullopt;
+    return std::make_shared<BackendSnapshot<H>>(&weights_, kv, std::move(state));
   }
 
- private:
   Config config_;
   KvType default_kv_;
   MakeBackend make_backend_;

@@ -17,20 +17,24 @@
 
 namespace qwen3next {
 
+// A backend with memory of its own keeps states there, and names a backend that keeps the same in this machine's:
+// B::Host.
+template <class B>
+concept KeepsStatesElsewhere = requires {
+  typename B::Host;
+};
+
 template <BackendOps B>
 struct BackendSnapshot final : TimelineSnapshot {
-  BackendSnapshot(const ModelWeights<B>* m, KvType k, SequenceState<B> s) : model(m), kv(k), state(std::move(s)) {}
-  const ModelWeights<B>* model;  // which model's, by identity
+  BackendSnapshot(const void* m, KvType k, SequenceState<B> s) : model(m), kv(k), state(std::move(s)) {}
+  const void* model;  // which model's weights, by identity
   KvType kv;
   SequenceState<B> state;
 
   void memory(std::vector<SharedMemory>& out) const override {
     for (const LayerState<B>* layer : state.all_layers()) {
       if (layer->kv) layer->kv->blocks(out);
-      if (!layer->delta) continue;
-      std::uint64_t bytes = 0;
-      layer->delta->bytes([&](std::span<const std::byte> piece) { bytes += piece.size(); });
-      out.push_back({&*layer->delta, bytes, 1});
+      if (layer->delta) out.push_back({&*layer->delta, layer->delta->size_in_bytes(), 1});
     }
   }
   void kv_bytes(const BytesSink& sink) const override {
@@ -45,8 +49,26 @@ struct BackendSnapshot final : TimelineSnapshot {
     if (!state.hidden.empty()) sink(std::as_bytes(std::span(state.hidden)));
   }
   std::int64_t mtp_position() const override { return state.mtp_position; }
+  std::shared_ptr<const TimelineSnapshot> downloaded([[maybe_unused]] bool with_kv) const override {
+    if constexpr (KeepsStatesElsewhere<B>) {
+      using Host = typename B::Host;
+      SequenceState<Host> host(state.layers.size());
+      const auto download = [&](const LayerState<B>& from, LayerState<Host>& to) {
+        if (from.delta) to.delta = from.delta->download();
+        if (from.kv && with_kv) to.kv = from.kv->download();
+      };
+      for (std::size_t i = 0; i < state.layers.size(); ++i) download(state.layers[i], host.layers[i]);
+      download(state.mtp, host.mtp);
+      host.position = state.position, host.mtp_position = state.mtp_position, host.hidden = state.hidden;
+      return std::make_shared<BackendSnapshot<Host>>(model, kv, std::move(host));
+    } else {
+      return nullptr;
+    }
+  }
   bool begins(const TimelineSnapshot& longer) const override {
-    const auto& other = dynamic_cast<const BackendSnapshot&>(longer).state;
+    const auto* same_memory = dynamic_cast<const BackendSnapshot*>(&longer);
+    if (!same_memory) return false;
+    const SequenceState<B>& other = same_memory->state;
     if (state.position > other.position || state.mtp_position > other.mtp_position) return false;
     const auto mine = state.all_layers(), theirs = other.all_layers();
     for (std::size_t i = 0; i < mine.size(); ++i) {
@@ -220,11 +242,13 @@ class BackendTimeline final : public Timeline {
     return std::make_shared<BackendSnapshot<B>>(&w_, kv_, state_);
   }
   void restore(const TimelineSnapshot& snapshot) override {
-    const auto* mine = dynamic_cast<const BackendSnapshot<B>*>(&snapshot);
-    if (!mine || mine->model != &w_) throw Error("this snapshot is another model's: it fits sessions of its own Model");
-    if (mine->kv != kv_) throw Error("this snapshot's KV cache is of another type than the session's: open both alike");
     forget_guesses();
-    state_ = mine->state;
+    if (const auto* mine = dynamic_cast<const BackendSnapshot<B>*>(&snapshot)) {
+      check_mine(*mine);
+      state_ = mine->state;
+    } else if (!upload(snapshot)) {
+      throw Error("this snapshot is another model's: it fits sessions of its own Model");
+    }
     if (unseen_) unseen_->clear();
     if (unseen_ && !state_.hidden.empty() && state_.mtp_position + 1 == state_.position) {
       be_.set_host(unseen_->hidden.rows(0, 1), state_.hidden);
@@ -239,6 +263,34 @@ class BackendTimeline final : public Timeline {
 
  private:
   static constexpr int logit_rows = 16;  // a vocabulary of 151936 makes a row 600 KB
+
+  void check_mine(const auto& snapshot) const {
+    if (snapshot.model != &w_) throw Error("this snapshot is another model's: it fits sessions of its own Model");
+    if (snapshot.kv != kv_)
+      throw Error("this snapshot's KV cache is of another type than the session's: open both alike");
+  }
+
+  // A state out of a file lies in this machine's memory yet.
+  bool upload([[maybe_unused]] const TimelineSnapshot& snapshot) {
+    if constexpr (KeepsStatesElsewhere<B>) {
+      using Host = typename B::Host;
+      const auto* host = dynamic_cast<const BackendSnapshot<Host>*>(&snapshot);
+      if (!host) return false;
+      check_mine(*host);
+      state_ = SequenceState<B>(be_, c_);
+      const auto take = [](const LayerState<Host>& from, LayerState<B>& to) {
+        if (from.delta) to.delta->upload(*from.delta);
+        if (from.kv) to.kv->upload(*from.kv);
+      };
+      for (std::size_t i = 0; i < state_.layers.size(); ++i) take(host->state.layers[i], state_.layers[i]);
+      take(host->state.mtp, state_.mtp);
+      state_.position = host->state.position, state_.mtp_position = host->state.mtp_position;
+      state_.hidden = host->state.hidden;
+      return true;
+    } else {
+      return false;
+    }
+  }
 
   void check(std::span<const std::int32_t> tokens) const {
     if (tokens.empty()) throw Error("no tokens given: a forward pass needs at least one");

@@ -21,11 +21,16 @@ namespace qwen3next {
 
 class Streaming;
 
+// Told after each step of long work, done so far, of how much: tokens of a prefill, bytes of weights that are loaded.
+// Returning false stops it there: Cancelled is thrown.
+using Progress = std::function<bool(std::int64_t done, std::int64_t total)>;
+
 struct EngineOptions {
   Backend backend = Backend::cpu;
   std::string isa{};                       // cpu: "" for the best that the machine has
   int threads = 0;                         // cpu: 0 for as many as the process may run on
   std::shared_ptr<Streaming> streaming{};  // cpu: null for weights that are all mapped
+  Progress on_load{};                      // cuda: told as weights reach the GPU
 };
 
 struct TimelineOptions {
@@ -36,9 +41,6 @@ struct TimelineOptions {
 
 // The CPU kernels that this program holds and this machine can run, by name, best first: values of Options::isa.
 std::vector<std::string_view> available_isas();
-
-// Told after each step of a long prefill: tokens done, of how many.  Returning false stops it there.
-using Progress = std::function<bool(std::int64_t done, std::int64_t total)>;
 
 // Given one row of logits [V] at a time, in order.
 using LogitsSink = std::function<void(std::span<const float> logits)>;
@@ -52,10 +54,13 @@ class TimelineSnapshot {
 
   // For files, the same of every backend: keys and values of the layers in order, rows of the KV type; then what does
   // not grow, f32.  The MTP layer comes last.
+  // Of what lies in this machine's memory alone: see downloaded().
   virtual void kv_bytes(const BytesSink& sink) const = 0;
   virtual void state_bytes(const BytesSink& sink) const = 0;
   virtual std::int64_t mtp_position() const = 0;
-  // Whether its keys and values are those of `longer`'s beginning, bit for bit.
+  // The same state in this machine's memory, if it lies elsewhere, else null; keys and values only if asked for.
+  virtual std::shared_ptr<const TimelineSnapshot> downloaded(bool with_kv) const = 0;
+  // Whether its keys and values are those of `longer`'s beginning, bit for bit; false if one of them was downloaded.
   virtual bool begins(const TimelineSnapshot& longer) const = 0;
 };
 

@@ -14,6 +14,9 @@
 #ifdef QWEN3NEXT_REFERENCE
 #include "backends/reference/reference_backend.hpp"
 #endif
+#ifdef QWEN3NEXT_CUDA
+#include "generate/cuda_engine.hpp"
+#endif
 
 namespace qwen3next {
 
@@ -70,6 +73,13 @@ QWEN3NEXT_INLINE std::unique_ptr<const Engine> make_engine(const Config& config,
           "reference");
 #else
       throw Error("the reference backend is not built in: define QWEN3NEXT_REFERENCE (it needs Eigen)");
+#endif
+    case Backend::cuda:
+      if (!options.isa.empty()) throw Error("the cuda backend has no ISA to choose: leave it out, or use cpu");
+#ifdef QWEN3NEXT_CUDA
+      return detail::make_cuda_engine(config, weights, options);
+#else
+      throw Error("the cuda backend is not built in: link a library built with CUDA (preset cuda), or use cpu");
 #endif
   }
   throw Error("unknown backend");

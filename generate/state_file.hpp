@@ -143,6 +143,15 @@ inline void read_state_body(const DirectFile& file, std::uint64_t begin,
 
 }  // namespace detail
 
+// The same states in this machine's memory, as files need them.
+inline SavedStates downloaded(SavedStates saved) {
+  for (std::size_t i = 0; i < saved.states.size(); ++i) {
+    auto& snapshot = saved.states[i].snapshot;
+    if (auto here = snapshot->downloaded(i + 1 == saved.states.size())) snapshot = std::move(here);
+  }
+  return saved;
+}
+
 // Bytes that write_state_file() writes.
 inline std::uint64_t state_file_size(const SavedStates& saved) {
   detail::StateFileHead head;
@@ -153,7 +162,8 @@ inline std::uint64_t state_file_size(const SavedStates& saved) {
 }
 
 // Replaces what is there, all or nothing.
-inline void write_state_file(const std::filesystem::path& path, std::uint64_t identity, const SavedStates& saved) {
+inline void write_state_file(const std::filesystem::path& path, std::uint64_t identity, const SavedStates& states) {
+  const SavedStates saved = downloaded(states);
   const std::vector<std::span<const std::byte>> body = detail::state_body(saved);
   detail::StateFileHead head;
   head.kv = static_cast<std::uint32_t>(saved.kv);

@@ -68,13 +68,14 @@ class StateFolder {
 
   // Writes a file, unless it is there or larger than the limit, and removes those that were not used for longest until
   // all fit.  Whether it was written.  Throws Error.
-  bool store(std::uint64_t identity, const SavedStates& saved) const {
-    const std::filesystem::path to = path(identity, saved.kv, saved.tokens);
+  bool store(std::uint64_t identity, const SavedStates& states) const {
+    const std::filesystem::path to = path(identity, states.kv, states.tokens);
     std::error_code ignored;
     if (std::filesystem::exists(to, ignored)) {
       touch(to);
       return false;
     }
+    const SavedStates saved = downloaded(states);
     if (state_file_size(saved) > limit_) return false;
     write_state_file(to, identity, saved);
     fit();

@@ -14,23 +14,58 @@
 
 namespace qwen3next {
 
-// Softmax attention with an output gate and partial rotary embedding.
-//   q, k = rope(norm(q_proj x)), rope(norm(k_proj x));   out = o_proj (sigmoid(gate) * attention(q, k, v))
+// The boxes that follow are written in the operations that every backend has.  Some backends have more of a box as one
+// operation, for fewer passes over memory; it must mean the same, and a test holds it to that.
+
+// h = norm(x);  y = W h for several W.
 template <BackendOps B>
-void gated_attention(B& be, const Config& c, const AttentionWeights<B>& w, Activations<B>& a, int T) {
-  auto x = a.h.rows(0, T), out = a.mix.rows(0, T);
+void norm_linear(B& be, typename B::Tensor h, typename B::Tensor x, const typename B::Vector& norm, float eps,
+                 std::initializer_list<Projection<typename B::Weight, typename B::Tensor>> projections) {
+  if constexpr (requires { be.norm_linear(h, x, norm, eps, projections); }) {
+    be.norm_linear(h, x, norm, eps, projections);
+  } else {
+    be.rms_norm(h, x, norm, eps);
+    be.linear(h, projections);
+  }
+}
+
+// x += W in;  `y` [T, H] is scratch.
+template <BackendOps B>
+void linear_add(B& be, typename B::Tensor x, typename B::Tensor in, const typename B::Weight& w, typename B::Tensor y) {
+  if constexpr (requires { be.linear_add(x, in, w); }) {
+    be.linear_add(x, in, w);
+  } else {
+    be.linear(in, {{w, y}});
+    be.add(x, y);
+  }
+}
+
+// Softmax attention with an output gate and partial rotary embedding, of h = norm(x):
+//   q, k = rope(norm(q_proj h)), rope(norm(k_proj h));   x += o_proj (sigmoid(gate) * attention(q, k, v))
+template <BackendOps B>
+void gated_attention(B& be, const Config& c, const AttentionWeights<B>& w, const typename B::Vector& norm,
+                     Activations<B>& a, int T) {
+  auto x = a.x.rows(0, T), h = a.h.rows(0, T), mix = a.mix.rows(0, T);
   auto q = a.q.rows(0, T), gate = a.gate.rows(0, T), k = a.k.rows(0, T), v = a.v.rows(0, T);
   auto heads = a.heads.rows(0, T), angles = a.angles.rows(0, T);
   const float eps = static_cast<float>(c.rms_norm_eps);
+  const std::span<const Segment<typename B::KvCache>> segments = a.kv_segments;
 
-  be.linear(x, {{w.q_proj, q}, {w.gate_proj, gate}, {w.k_proj, k}, {w.v_proj, v}});
-  be.rms_norm(q, q, w.q_norm, eps);  // per head, before the rotation
-  be.rms_norm(k, k, w.k_norm, eps);
-  be.rope(q, angles, c.head_dim);
-  be.rope(k, angles, c.head_dim);
-  be.attention(heads, q, k, v, attention_shape(c), a.kv_segments);
-  be.sigmoid_gate(heads, gate);
-  be.linear(heads, {{w.o_proj, out}});
+  norm_linear(be, h, x, norm, eps, {{w.q_proj, q}, {w.gate_proj, gate}, {w.k_proj, k}, {w.v_proj, v}});
+  if constexpr (requires {
+                  be.gated_attention(heads, q, gate, k, v, w.q_norm, w.k_norm, eps, angles, attention_shape(c),
+                                     segments);
+                }) {
+    be.gated_attention(heads, q, gate, k, v, w.q_norm, w.k_norm, eps, angles, attention_shape(c), segments);
+  } else {
+    be.rms_norm(q, q, w.q_norm, eps);  // per head, before the rotation
+    be.rms_norm(k, k, w.k_norm, eps);
+    be.rope(q, angles, c.head_dim);
+    be.rope(k, angles, c.head_dim);
+    be.attention(heads, q, k, v, attention_shape(c), segments);
+    be.sigmoid_gate(heads, gate);
+  }
+  linear_add(be, x, heads, w.o_proj, mix);
 }
 
 // The rows of a pass in pieces that end where a DeltaNet state is to be kept; mostly all in one.
@@ -57,64 +92,83 @@ void up_to_kept_states(Activations<B>& a, int T, Work work) {
 // rule.  For each token, q and k scaled to unit length, q by 1/sqrt(Dk) on top:
 //   S = exp(g) S;   S += k (beta (v - S^T k))^T;   o = S^T q
 template <BackendOps B>
-void gated_delta_net(B& be, const Config& c, const DeltaNetWeights<B>& w, Activations<B>& a, int T) {
-  auto x = a.h.rows(0, T), out = a.mix.rows(0, T);
+void gated_delta_net(B& be, const Config& c, const DeltaNetWeights<B>& w, const typename B::Vector& norm,
+                     Activations<B>& a, int T) {
+  auto x = a.x.rows(0, T), h = a.h.rows(0, T), mix = a.mix.rows(0, T);
   auto qkv = a.qkv.rows(0, T), conv = a.conv.rows(0, T), z = a.z.rows(0, T), o = a.o.rows(0, T);
   auto b_in = a.b.rows(0, T), a_in = a.a.rows(0, T), beta = a.beta.rows(0, T), g = a.g.rows(0, T);
+  const float eps = static_cast<float>(c.rms_norm_eps);
+  const DeltaShape shape = delta_shape(c);
 
-  be.linear(x, {{w.in_proj_q, qkv.columns(0, c.key_dim())},
-                {w.in_proj_k, qkv.columns(c.key_dim(), c.key_dim())},
-                {w.in_proj_v, qkv.columns(2 * c.key_dim(), c.value_dim())},
-                {w.in_proj_z, z},
-                {w.in_proj_b, b_in},
-                {w.in_proj_a, a_in}});
-  be.delta_gates(beta, g, b_in, a_in, w.A, w.dt_bias);
-  up_to_kept_states(a, T, [&](int begin, int n, std::span<const Segment<typename B::DeltaState>> segments) {
-    be.causal_conv1d(conv.rows(begin, n), qkv.rows(begin, n), w.conv1d, segments);
-    be.gated_delta_rule(o.rows(begin, n), conv.rows(begin, n), beta.rows(begin, n), g.rows(begin, n), delta_shape(c),
-                        segments);
+  norm_linear(be, h, x, norm, eps,
+              {{w.in_proj_q, qkv.columns(0, c.key_dim())},
+               {w.in_proj_k, qkv.columns(c.key_dim(), c.key_dim())},
+               {w.in_proj_v, qkv.columns(2 * c.key_dim(), c.value_dim())},
+               {w.in_proj_z, z},
+               {w.in_proj_b, b_in},
+               {w.in_proj_a, a_in}});
+  up_to_kept_states(a, T, [&](int i, int n, std::span<const Segment<typename B::DeltaState>> segments) {
+    auto in = qkv.rows(i, n), mixed = conv.rows(i, n), out = o.rows(i, n);
+    auto b_n = b_in.rows(i, n), a_n = a_in.rows(i, n), beta_n = beta.rows(i, n), g_n = g.rows(i, n);
+    if constexpr (requires { be.delta_net(out, mixed, in, b_n, a_n, w.conv1d, w.A, w.dt_bias, shape, segments); }) {
+      be.delta_net(out, mixed, in, b_n, a_n, w.conv1d, w.A, w.dt_bias, shape, segments);
+    } else {
+      be.delta_gates(beta_n, g_n, b_n, a_n, w.A, w.dt_bias);
+      be.causal_conv1d(mixed, in, w.conv1d, segments);
+      be.gated_delta_rule(out, mixed, beta_n, g_n, shape, segments);
+    }
   });
-  be.gated_rms_norm(o, o, z, w.norm, static_cast<float>(c.rms_norm_eps));
-  be.linear(o, {{w.out_proj, out}});
+  if constexpr (requires { be.gated_norm_linear_add(x, o, z, w.norm, eps, w.out_proj); }) {
+    be.gated_norm_linear_add(x, o, z, w.norm, eps, w.out_proj);
+  } else {
+    be.gated_rms_norm(o, o, z, w.norm, eps);
+    linear_add(be, x, o, w.out_proj, mix);
+  }
 }
 
-// The experts that the router picks for each token, plus one that serves all tokens through a gate of its own.  `next`
-// is the next layer's, for a backend that looks ahead; null if there is none.
+// The experts that the router picks for each token, plus one that serves all tokens through a gate of its own, of
+// h = norm(x); added to x.  `next` is the next layer's, for a backend that looks ahead; null if there is none.
 template <BackendOps B>
-void sparse_moe(B& be, const Config& c, const MoeWeights<B>& w, const MoeWeights<B>* next, Activations<B>& a, int T) {
-  auto x = a.h.rows(0, T), out = a.mix.rows(0, T), logits = a.router_logits.rows(0, T);
+void sparse_moe(B& be, const Config& c, const MoeWeights<B>& w, const typename B::Vector& norm,
+                const MoeWeights<B>* next, Activations<B>& a, int T) {
+  auto x = a.x.rows(0, T), h = a.h.rows(0, T), mix = a.mix.rows(0, T), logits = a.router_logits.rows(0, T);
   auto gate = a.shared_gate.rows(0, T), up = a.shared_up.rows(0, T), shared = a.shared.rows(0, T);
   auto shared_expert_gate = a.shared_expert_gate.rows(0, T);
+  const float eps = static_cast<float>(c.rms_norm_eps);
+  const int k = c.num_experts_per_tok;
 
-  be.linear(x, {{w.gate, logits},
-                {w.shared_expert_gate, shared_expert_gate},
-                {w.shared_gate_proj, gate},
-                {w.shared_up_proj, up}});
-  be.router(a.routing, logits, c.num_experts_per_tok, c.norm_topk_prob);
-  if constexpr (requires { be.look_ahead(x, w.gate, w.experts, T); }) {
-    if (next) be.look_ahead(x, next->gate, next->experts, c.num_experts_per_tok);
+  const SharedExpert<typename B::Weight> shared_expert{w.shared_gate_proj, w.shared_up_proj, w.shared_down_proj};
+  if constexpr (requires {
+                  be.experts_add(x, h, logits, a.routing, w.experts, shared_expert, shared_expert_gate, k, true);
+                }) {
+    norm_linear(be, h, x, norm, eps, {{w.gate, logits}, {w.shared_expert_gate, shared_expert_gate}});
+    be.experts_add(x, h, logits, a.routing, w.experts, shared_expert, shared_expert_gate, k, c.norm_topk_prob);
+    return;
   }
-  be.experts(out, x, w.experts, a.routing);
+  norm_linear(be, h, x, norm, eps,
+              {{w.gate, logits},
+               {w.shared_expert_gate, shared_expert_gate},
+               {w.shared_gate_proj, gate},
+               {w.shared_up_proj, up}});
+  be.router(a.routing, logits, k, c.norm_topk_prob);
+  if constexpr (requires { be.look_ahead(h, w.gate, w.experts, T); }) {
+    if (next) be.look_ahead(h, next->gate, next->experts, k);
+  }
+  be.experts(mix, h, w.experts, a.routing);
   be.swiglu(gate, gate, up);
   be.linear(gate, {{w.shared_down_proj, shared}});
-  be.add_gated(out, shared, shared_expert_gate);
+  be.add_gated(mix, shared, shared_expert_gate);
+  be.add(x, mix);
 }
 
 template <BackendOps B>
 void decoder_layer(B& be, const Config& c, const LayerWeights<B>& w, const MoeWeights<B>* next, Activations<B>& a,
                    int T) {
-  auto x = a.x.rows(0, T), h = a.h.rows(0, T), mix = a.mix.rows(0, T);
-  const float eps = static_cast<float>(c.rms_norm_eps);
-
-  be.rms_norm(h, x, w.input_layernorm, eps);
   if (w.self_attn)
-    gated_attention(be, c, *w.self_attn, a, T);
+    gated_attention(be, c, *w.self_attn, w.input_layernorm, a, T);
   else
-    gated_delta_net(be, c, *w.linear_attn, a, T);
-  be.add(x, mix);
-  be.rms_norm(h, x, w.post_attention_layernorm, eps);
-  sparse_moe(be, c, w.mlp, next, a, T);
-  be.add(x, mix);
+    gated_delta_net(be, c, *w.linear_attn, w.input_layernorm, a, T);
+  sparse_moe(be, c, w.mlp, w.post_attention_layernorm, next, a, T);
 }
 
 // Points the layer's segments at what each sequence keeps there.

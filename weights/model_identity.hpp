@@ -12,11 +12,13 @@
 namespace qwen3next {
 
 // Of the shape as it is used (YaRN, experts of a token), every tensor's name, type and size, bytes of up to 256 tensors
-// all over the files, and the backend.  Reads about a megabyte of the files.  Tokenizer and file names do not matter.
+// all over the files, and the backend, where cpu and cuda are one: each goes on from what the other read.  Reads about
+// a megabyte of the files.  Tokenizer and file names do not matter.
 inline std::uint64_t model_identity(const Checkpoint& checkpoint, Backend backend) {
   HashChain hash;
   const Config& c = checkpoint.config;
-  hash.add(backend).add(c.vocab_size).add(c.hidden_size).add(c.num_hidden_layers);
+  hash.add(backend == Backend::cuda ? Backend::cpu : backend);
+  hash.add(c.vocab_size).add(c.hidden_size).add(c.num_hidden_layers);
   for (const LayerType type : c.layer_types) hash.add(type);
   hash.add(c.rms_norm_eps).add(c.num_attention_heads).add(c.num_key_value_heads).add(c.head_dim).add(c.rope_theta);
   const YarnScaling yarn = c.yarn.value_or(YarnScaling{.factor = 0});

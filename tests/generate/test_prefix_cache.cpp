@@ -32,6 +32,7 @@ class FakeSnapshot final : public TimelineSnapshot {
   void kv_bytes(const BytesSink&) const override {}
   void state_bytes(const BytesSink&) const override {}
   std::int64_t mtp_position() const override { return 0; }
+  std::shared_ptr<const TimelineSnapshot> downloaded(bool) const override { return nullptr; }
   bool begins(const TimelineSnapshot&) const override { return true; }
 
  private:

@@ -1,0 +1,153 @@
+#pragma once
+// The CUDA backend: all of the model on one NVIDIA GPU.
+//
+// The operations are those of backend.hpp; their meaning in plain words is backends/reference/.  Beside them are the
+// boxes of model/forward.hpp that are one or two launches here: for few rows each launch costs more than its work.
+// This header is plain C++; kernels are in the .cu files beside it.  An instance owns its scratch memory: one caller at
+// a time.  All instances share the device's one stream, and nothing waits but host().
+
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backends/backend.hpp"
+#include "backends/cpu/cpu_backend.hpp"
+#include "backends/cuda/attention.hpp"
+#include "backends/cuda/delta.hpp"
+#include "backends/cuda/delta_state.hpp"
+#include "backends/cuda/device.hpp"
+#include "backends/cuda/elementwise.hpp"
+#include "backends/cuda/experts_few.hpp"
+#include "backends/cuda/experts_many.hpp"
+#include "backends/cuda/kv_cache.hpp"
+#include "backends/cuda/linear_few.hpp"
+#include "backends/cuda/linear_many.hpp"
+#include "backends/cuda/router.hpp"
+#include "backends/cuda/tensor.hpp"
+#include "backends/cuda/weights.hpp"
+
+namespace qwen3next {
+
+class CudaBackend {
+ public:
+  using Tensor = cuda::CudaTensor;
+  using Weight = cuda::CudaWeight;
+  using Vector = cuda::CudaVector;
+  using Experts = cuda::CudaExperts;
+  using Routing = cuda::CudaRouting;
+  using DeltaState = cuda::CudaDeltaState;
+  using KvCache = cuda::CudaKvCache;
+
+  // What keeps the same states in this machine's memory.
+  using Host = CpuBackend;
+  static Host host_backend(KvType kv) { return Host({nullptr, 1, kv, {}}); }
+
+  CudaBackend(std::shared_ptr<cuda::Device> device, KvType kv)
+      : device_(std::move(device)),
+        kv_(kv),
+        scratch_(device_),
+        shared_scratch_(device_),
+        ids_(device_) {}
+
+  Tensor tensor(int rows, int cols) {
+    const std::ptrdiff_t stride = (cols + 63) / 64 * 64;
+    const std::size_t count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride);
+    memory_.emplace_back(device_, count * (sizeof(float) + sizeof(std::uint16_t)), "activations of a session");
+    device_->clear(memory_.back().data(), memory_.back().size());  // products read what lies beyond the columns
+    float* data = memory_.back().data<float>();
+    return {data, reinterpret_cast<std::uint16_t*>(data + count), rows, cols, stride};
+  }
+  Routing routing(int rows, int k) { return Routing(device_, rows, k); }
+  DeltaState delta_state(DeltaShape s) { return DeltaState(device_, s); }
+  KvCache kv_cache(AttentionShape s) {
+    if (kv_ == KvType::q8_0 && s.head_dim % 32 != 0) {
+      throw Error("a q8_0 KV cache needs heads of a multiple of 32 dims, this model's have " +
+                  std::to_string(s.head_dim) + ": use f16 or f32");
+    }
+    return KvCache(device_, s, kv_);
+  }
+
+  std::span<const float> host(Tensor row) {
+    const auto n = static_cast<std::size_t>(row.n_cols);
+    if (host_row_.size() < n * sizeof(float)) host_row_ = cuda::PinnedBytes(n * sizeof(float));
+    device_->copy_to_host(host_row_.data(), row.data, n * sizeof(float));
+    return {host_row_.data<float>(), n};
+  }
+  void set_host(Tensor row, std::span<const float> values) {
+    device_->copy_to_device(row.data, values.data(), values.size_bytes());
+    cuda::round_to_half(*device_, row);
+  }
+  void copy(Tensor out, Tensor x) { cuda::copy(*device_, out, x); }
+
+  void embed(Tensor out, std::span<const std::int32_t> tokens, const Weight& w) {
+    auto* ids = ids_.get<std::int32_t>(tokens.size());
+    device_->copy_to_device(ids, tokens.data(), tokens.size_bytes());
+    cuda::expand_rows(*device_, out, ids, w.matrix());
+  }
+
+  void rms_norm(Tensor out, Tensor x, const Vector& weight, float eps) {
+    cuda::rms_norm(*device_, out, x, weight.data, weight.size, eps);
+  }
+
+  void linear(Tensor x, std::initializer_list<Projection<Weight, Tensor>> projections) {
+    multiply(x, products(projections), {});
+  }
+
+  void causal_conv1d(Tensor out, Tensor x, const Vector& taps, std::span<const Segment<DeltaState>> segments) {
+    cuda::causal_conv1d(*device_, out, x, taps.data, taps.cols, segments);
+  }
+  void delta_gates(Tensor beta, Tensor g, Tensor b, Tensor a, const Vector& A, const Vector& dt_bias) {
+    cuda::delta_gates(*device_, beta, g, b, a, A.data, dt_bias.data);
+  }
+  void gated_delta_rule(Tensor out, Tensor qkv, Tensor beta, Tensor g, DeltaShape shape,
+                        std::span<const Segment<DeltaState>> segments) {
+    cuda::gated_delta_rule(*device_, scratch_, out, qkv, beta, g, shape, segments);
+  }
+  void settle(DeltaState& state, DeltaShape shape) { cuda::settle(*device_, state, shape); }
+
+  void gated_rms_norm(Tensor out, Tensor o, Tensor z, const Vector& weight, float eps) {
+    cuda::gated_rms_norm(*device_, out, o, z, weight.data, weight.size, eps);
+  }
+
+  void rope_angles(Tensor angles, std::span<const double> frequency, float scale,
+                   std::span<const Segment<KvCache>> segments) {
+    cuda::rope_angles(*device_, angles, frequency, scale, segments);
+  }
+  void rope(Tensor x, Tensor angles, int head_dim) { cuda::rope(*device_, x, angles, head_dim); }
+
+  void attention(Tensor out, Tensor q, Tensor k, Tensor v, AttentionShape shape,
+                 std::span<const Segment<KvCache>> segments) {
+    cuda::attention(*device_, scratch_, out, q, k, v, shape, segments);
+  }
+  void append_kv(Tensor k, Tensor v, AttentionShape shape, std::span<const Segment<KvCache>> segments) {
+    cuda::append_kv(*device_, k, v, shape, segments);
+  }
+
+  void sigmoid_gate(Tensor x, Tensor gate) { cuda::sigmoid_gate(*device_, x, gate); }
+
+  void router(Routing& routing, Tensor logits, int k, bool normalise) {
+    cuda::router(*device_, routing, logits, k, normalise);
+  }
+
+  void experts(Tensor out, Tensor x, const Experts& experts, const Routing& routing) {
+    cuda::experts_many(*device_, scratch_, {.out = out, .x = x, .experts = &experts, .routing = &routing});
+  }
+
+  void swiglu(Tensor out, Tensor gate, Tensor up) { cuda::swiglu(*device_, out, gate, up, 1); }
+  void add(Tensor x, Tensor y) { cuda::add(*device_, x, y); }
+  void add_gated(Tensor x, Tensor y, Tensor gate) { cuda::add_gated(*device_, x, y, gate); }
+
+  cuda::Device& device() const noexcept { return *device_; }
+
+ private:
+  std::shared_ptr<cuda::Device> device_;
+  KvType kv_;
+  std::vector<cuda::DeviceBytes> memory_;
+  cuda::DeviceScratch scratch_, shared_scratch_, ids_;
+  cuda::PinnedBytes host_row_;
+};
+
+}  // namespace qwen3next
