@@ -34,12 +34,11 @@ macro(qwen3next_find_cuda)
         endif()
       endforeach()
       # That compiler's own: FindCUDAToolkit would take one of another version from /usr/local/lib.
-      get_filename_component(qwen3next_toolkit ${CMAKE_CUDA_COMPILER}/../.. REALPATH)
       find_library(QWEN3NEXT_CUDART NAMES libcudart_static.a NO_DEFAULT_PATH
-        PATHS ${qwen3next_toolkit} ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} PATH_SUFFIXES lib64 lib)
+        PATHS ${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT} ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} PATH_SUFFIXES lib64 lib)
       if(NOT QWEN3NEXT_CUDART)
-        message(FATAL_ERROR "${qwen3next_toolkit} has no lib64/libcudart_static.a, CUDA's static runtime: install all of it, "
-          "or run scripts/cuda-toolkit --own")
+        message(FATAL_ERROR "${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT} has no lib64/libcudart_static.a, CUDA's static runtime: "
+          "install the whole toolkit, or run scripts/cuda-toolkit --own")
       endif()
       set(QWEN3NEXT_USES_CUDA ON)
       message(STATUS "CUDA backend: ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION}, for ${CMAKE_CUDA_ARCHITECTURES}")

@@ -4,7 +4,7 @@
     usage: tools/amalgamate.py OUT.hpp
 
 Starts at qwen3next.hpp and replaces each #include of a project header by that header's text, the first time; system
-headers stay where they are.  What comes out depends on the sources and the last commit alone.  OUT is written only if
+headers stay where they are; what is for a macro on the list ABSENT alone is left out.  What comes out depends on the sources and the last commit alone.  OUT is written only if
 it changes, so that what is built from it is not built again.
 
 It refuses what would not mean the same in one file, and says how to repair it:
@@ -12,6 +12,7 @@ It refuses what would not mean the same in one file, and says how to repair it:
   - an #include that names nothing from the root of the tree, or two files at once
   - a header that is pasted inside an #if and needed outside of it as well
   - an orphan: a header that nobody reaches and that is not on the list below
+  - a macro of the list ABSENT in anything but #ifdef and #ifndef
 """
 
 import os
@@ -28,6 +29,7 @@ ORPHANS = {  # header: why the library does without
     "model/parameters.hpp": "parameters by part of the model: for the program's inspect",
     "model/traffic.hpp": "what a pass must read at least: for the program's bench",
 }
+ABSENT = {"QWEN3NEXT_CUDA"}  # defined by our own build alone: what it includes needs objects that nvcc compiles
 BANNER = """\
 // qwen3next {version}, {stamp}
 // SPDX-License-Identifier: Apache-2.0   https://www.apache.org/licenses/LICENSE-2.0
@@ -46,9 +48,10 @@ class Refused(Exception):
 
 
 class Amalgamation:
-    def __init__(self, root, entry=ENTRY, folders=FOLDERS, orphans=ORPHANS):
-        self.root, self.entry, self.folders, self.orphans = pathlib.Path(root), entry, folders, orphans
+    def __init__(self, root, entry=ENTRY, folders=FOLDERS, orphans=ORPHANS, absent=ABSENT):
+        self.root, self.entry, self.folders, self.orphans, self.absent = pathlib.Path(root), entry, folders, orphans, absent
         self.pasted = {}  # header: (the conditions that surround it, where it was included)
+        self.left_out = set()  # headers that are included for an absent macro, directly or not
         self.lines = []
 
     def text(self):
@@ -70,7 +73,7 @@ class Amalgamation:
         begin = [f"// ---- begin {name} " + "-" * max(4, 103 - len(name)), ""]
         body, own = [], []  # own: this file's open conditions
         self.lines += begin
-        for number, line in enumerate(self.root.joinpath(name).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in self.present_lines(name):
             here = f"{name}:{number}"
             if include := INCLUDE.match(line):
                 self.paste(self.resolve(include[1], name, here), [*chain, name], conditions + own, here)
@@ -82,6 +85,39 @@ class Amalgamation:
         if own:
             raise Refused(f"{name}: '#if {own[-1]}' has no #endif")
         self.lines += ["", f"// ---- end {name}", ""]
+
+    def present_lines(self, name):
+        """Lines of a header, by number, as if the absent macros were not there: they aren't."""
+        branches = []  # of the open conditions; True or False: for an absent macro, and whether it is taken
+        for number, line in enumerate(self.root.joinpath(name).read_text(encoding="utf-8").splitlines(), 1):
+            if directive := CONDITIONAL.match(line):
+                kind, condition = directive[1], re.sub(r"//.*", "", directive[2]).strip()
+                if kind in ("ifdef", "ifndef") and condition in self.absent:
+                    branches.append(kind == "ifndef")
+                    continue
+                if macros := self.absent & set(re.findall(r"\w+", condition)):
+                    raise Refused(f"{name}:{number}: {macros.pop()} inside of #{kind}: write #ifdef or #ifndef")
+                if kind in ("if", "ifdef", "ifndef"):
+                    branches.append(None)
+                elif branches and branches[-1] is not None:
+                    if kind == "elif":
+                        raise Refused(f"{name}:{number}: #elif after #ifdef of an absent macro: write #else and #if")
+                    branches[-1:] = [not branches[-1]] if kind == "else" else []
+                    continue
+                elif branches and kind == "endif":
+                    branches.pop()
+            if False not in branches:
+                yield number, line
+            elif include := INCLUDE.match(line):
+                self.leave_out(self.resolve(include[1], name, f"{name}:{number}"))
+
+    def leave_out(self, name):
+        if name in self.left_out:
+            return
+        self.left_out.add(name)
+        for number, line in enumerate(self.root.joinpath(name).read_text(encoding="utf-8").splitlines(), 1):
+            if include := INCLUDE.match(line):
+                self.leave_out(self.resolve(include[1], name, f"{name}:{number}"))
 
     def resolve(self, include, includer, where):
         beside = (pathlib.PurePosixPath(includer).parent / include).as_posix()
@@ -107,7 +143,7 @@ class Amalgamation:
     def check_orphans(self):
         headers = {p.relative_to(self.root).as_posix() for folder in self.folders
                    for p in self.root.joinpath(folder).rglob("*.hpp")}
-        for name in sorted(headers - self.pasted.keys() - self.orphans.keys()):
+        for name in sorted(headers - self.pasted.keys() - self.left_out - self.orphans.keys()):
             raise Refused(f"{name}: no header that {self.entry} reaches includes it: include it where it is used, delete "
                           "it, or put it on the list ORPHANS of tools/amalgamate.py with the reason")
         for name in sorted(self.orphans.keys() - (headers - self.pasted.keys())):

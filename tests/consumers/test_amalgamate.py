@@ -61,6 +61,10 @@ class Output(unittest.TestCase):
         macros = set(re.findall(r"^\s*#\s*define\s+(\w+)", self.text, re.M))
         self.assertEqual({m for m in macros if not m.startswith("QWEN3NEXT_")} - {"NOMINMAX", "WIN32_LEAN_AND_MEAN"}, set())
 
+    def test_leaves_cuda_to_the_build(self):
+        self.assertNotIn("QWEN3NEXT_CUDA", self.text)
+        self.assertNotIn("backends/cuda/", self.text)
+
     def test_is_ascii(self):
         for number, line in enumerate(self.text.split("\n"), 1):
             self.assertTrue(line.isascii(), f"line {number}: {line}")
@@ -72,11 +76,11 @@ class Output(unittest.TestCase):
 
 
 class Refusals(unittest.TestCase):
-    def refusal(self, files, orphans={}):
+    def refusal(self, files, orphans={}, absent=()):
         with tempfile.TemporaryDirectory() as root:
             write_tree(root, files)
             with self.assertRaises(amalgamate.Refused) as refused:
-                amalgamate.Amalgamation(root, "all.hpp", ("core",), orphans).text()
+                amalgamate.Amalgamation(root, "all.hpp", ("core",), orphans, set(absent)).text()
             return str(refused.exception)
 
     def test_cycle(self):
@@ -109,6 +113,19 @@ class Refusals(unittest.TestCase):
         with tempfile.TemporaryDirectory() as root:
             write_tree(root, {"all.hpp": twice, "core/a.hpp": "int a;\n"})
             self.assertEqual(amalgamate.Amalgamation(root, "all.hpp", ("core",), {}).text().count("int a;"), 1)
+
+    def test_absent_macro(self):
+        files = {"all.hpp": '#include "core/a.hpp"\n#ifdef GPU\n#include "core/gpu.hpp"\n#if 1\nint gpu;\n#endif\n'
+                            '#else\n#ifdef FAST\nint fast;\n#endif\nint cpu;\n#endif\n#ifndef GPU\nint without;\n#endif\n',
+                 "core/a.hpp": "int a;\n", "core/gpu.hpp": '#include "core/b.hpp"\nint card;\n', "core/b.hpp": "int b;\n"}
+        with tempfile.TemporaryDirectory() as root:
+            write_tree(root, files)  # gpu.hpp and what it includes are no orphans either
+            text = amalgamate.Amalgamation(root, "all.hpp", ("core",), {}, {"GPU"}).text()
+        self.assertEqual([line for line in text.split("\n") if line and not line.startswith("// ")],
+                         ["int a;", "#ifdef FAST", "int fast;", "#endif", "int cpu;", "int without;"])
+        self.assertIn("all.hpp:1: GPU inside of #if: write #ifdef", self.refusal({"all.hpp": "#if defined(GPU)\n#endif\n"}, absent={"GPU"}))
+        self.assertIn("all.hpp:2: #elif after #ifdef of an absent macro",
+                      self.refusal({"all.hpp": "#ifdef GPU\n#elif 1\n#endif\n"}, absent={"GPU"}))
 
     def test_orphan(self):
         message = self.refusal({"all.hpp": "", "core/a.hpp": ""})
