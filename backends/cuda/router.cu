@@ -258,7 +258,7 @@ int most_tiles(std::ptrdiff_t picks, int experts, int tile_rows) {
 
 }  // namespace
 
-void route(const Device& device, Routing& routing, CudaTensor logits, int k, bool normalise) {
+void router(const Device& device, Routing& routing, CudaTensor logits, int k, bool normalise) {
   assert(k <= logits.n_cols);
   routing.rows = logits.n_rows, routing.k = k;
   if (routing.rows == 0) return;

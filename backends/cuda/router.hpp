@@ -3,13 +3,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <utility>
 
 #include "backends/cuda/device.hpp"
 #include "backends/cuda/tensor.hpp"
 
 namespace qwen3next::cuda {
 
-// The k experts of each row, the most probable first; in the card's memory.
+// The k experts of each row, the most probable first; a view of the card's memory.
 struct Routing {
   std::int32_t* ids = nullptr;  // [rows, k]
   float* weights = nullptr;     // [rows, k]
@@ -22,10 +24,24 @@ struct Routing {
   }
 };
 
+// One that owns its memory, of up to `rows` x `k`.
+class CudaRouting : public Routing {
+ public:
+  CudaRouting(std::shared_ptr<Device> device, int rows, int k)
+      : memory_(std::move(device), static_cast<std::size_t>(rows) * static_cast<std::size_t>(k) * 8, "a routing") {
+    ids = memory_.data<std::int32_t>();
+    weights = reinterpret_cast<float*>(ids + static_cast<std::ptrdiff_t>(rows) * k);
+    this->rows = rows, this->k = k;
+  }
+
+ private:
+  DeviceBytes memory_;
+};
+
 // routing = the k largest of softmax(logits [T, E]), equal ones in the order of their ids; weights divided by their sum
 // if `normalise`.  Rows with a NaN get the first k experts: damaged weights give no order, but an order.
 // `routing` must hold T x k; k <= E.
-void route(const Device& device, Routing& routing, CudaTensor logits, int k, bool normalise);
+void router(const Device& device, Routing& routing, CudaTensor logits, int k, bool normalise);
 
 // Up to `tile_rows` picks of one expert: PickGroups::picks [first, first + count).
 struct PickTile {
