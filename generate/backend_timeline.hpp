@@ -54,8 +54,8 @@ struct BackendSnapshot final : TimelineSnapshot {
       using Host = typename B::Host;
       SequenceState<Host> host(state.layers.size());
       const auto download = [&](const LayerState<B>& from, LayerState<Host>& to) {
-        if (from.delta) to.delta = from.delta->download();
-        if (from.kv && with_kv) to.kv = from.kv->download();
+        if (from.delta) to.delta = from.delta->to_host();
+        if (from.kv && with_kv) to.kv = from.kv->to_host();
       };
       for (std::size_t i = 0; i < state.layers.size(); ++i) download(state.layers[i], host.layers[i]);
       download(state.mtp, host.mtp);
@@ -279,8 +279,8 @@ class BackendTimeline final : public Timeline {
       check_mine(*host);
       state_ = SequenceState<B>(be_, c_);
       const auto take = [](const LayerState<Host>& from, LayerState<B>& to) {
-        if (from.delta) to.delta->upload(*from.delta);
-        if (from.kv) to.kv->upload(*from.kv);
+        if (from.delta) to.delta->from_host(*from.delta);
+        if (from.kv) to.kv->from_host(*from.kv);
       };
       for (std::size_t i = 0; i < state_.layers.size(); ++i) take(host->state.layers[i], state_.layers[i]);
       take(host->state.mtp, state_.mtp);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "qwen3next.hpp"
+#include "tests/support/open.hpp"
 #include "tests/support/temp_folder.hpp"
 
 using namespace qwen3next;
@@ -18,7 +19,7 @@ const std::string tiny = QWEN3NEXT_SOURCE_DIR "/weights/tiny/qwen3next-tiny.gguf
 const char* const story = "Once upon a time there was a little dog who";
 
 const Model& model() {
-  static const Model m = Model::open(tiny, {.threads = 2});
+  static const Model m = test::open(tiny, {.threads = 2});
   return m;
 }
 
@@ -90,7 +91,7 @@ TEST_CASE("the same text on every backend, kind of cache and size of pass") {
 }
 
 TEST_CASE("the same text with experts that are streamed") {
-  const Model small = Model::open(tiny, {.threads = 2, .memory = std::uint64_t{64} << 20});
+  const Model small = test::open(tiny, {.threads = 2, .memory = std::uint64_t{64} << 20});
   GenerateOptions o = options(0.7f, 0);
   const Generated plain = generated(model(), o);
   for (const int drafts : {0, 2, 4}) {

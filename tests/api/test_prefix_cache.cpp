@@ -9,6 +9,7 @@
 
 #include "qwen3next.hpp"
 #include "tests/support/golden.hpp"
+#include "tests/support/open.hpp"
 
 using namespace qwen3next;
 
@@ -59,7 +60,7 @@ const std::vector<Setting>& settings() {
 TEST_CASE("a state kept in the middle of a pass is that of the tokens before it, and the pass is not disturbed") {
   for (const Setting& s : settings()) {
     CAPTURE(s.name);
-    const Model model = Model::open(tiny, s.options);
+    const Model model = test::open(tiny, s.options);
     const SessionOptions options{.context = 1024, .kv = s.kv};
     const Tokens first = random_tokens(75, 1), second = random_tokens(35, 2), other = random_tokens(20, 3);
     Session session = model.session(options);
@@ -81,7 +82,7 @@ TEST_CASE("a state kept in the middle of a pass is that of the tokens before it,
 TEST_CASE("what was restored is bit for bit what was kept") {
   for (const Setting& s : settings()) {
     CAPTURE(s.name);
-    const Model model = Model::open(tiny, s.options);
+    const Model model = test::open(tiny, s.options);
     const SessionOptions options{.context = 2048, .kv = s.kv, .batch = 64, .snapshot_spacing = 1024};
     const Tokens history = random_tokens(130, 5), question = random_tokens(40, 6), aside = random_tokens(33, 7);
     const std::int64_t one_turn[] = {0};
@@ -98,7 +99,7 @@ TEST_CASE("what was restored is bit for bit what was kept") {
 }
 
 TEST_CASE("a conversation whose template drops old reasoning costs its changed tail only") {
-  const Model model = Model::open(tiny);
+  const Model model = test::open(tiny);
   Session session = model.session({.context = 4096});
   Tokens history = random_tokens(600, 8);
   std::vector<std::int64_t> turns{0};
@@ -123,7 +124,7 @@ TEST_CASE("a conversation whose template drops old reasoning costs its changed t
 }
 
 TEST_CASE("a side request does not cost the conversation, in this session or another one") {
-  const Model model = Model::open(tiny);
+  const Model model = test::open(tiny);
   Session session = model.session({.context = 4096}), side = model.session({.context = 4096});
   const Tokens chat = random_tokens(3000, 9);
   const std::int64_t turns[] = {0, 2900};
@@ -137,7 +138,7 @@ TEST_CASE("a side request does not cost the conversation, in this session or ano
 }
 
 TEST_CASE("a cancelled prompt is gone on with, even after something else was read") {
-  const Model model = Model::open(tiny);
+  const Model model = test::open(tiny);
   Session session = model.session({.context = 4096, .batch = 256, .snapshot_spacing = 512});
   const Tokens prompt = random_tokens(2048, 11);
   const auto stop = [](std::int64_t done, std::int64_t) { return done < 1536; };
@@ -150,7 +151,7 @@ TEST_CASE("a cancelled prompt is gone on with, even after something else was rea
 }
 
 TEST_CASE("a fork goes on by itself, from the same state") {
-  const Model model = Model::open(tiny);
+  const Model model = test::open(tiny);
   Session session = model.session({.context = 1024, .kv = KvType::q8_0, .batch = 64});
   session.prefill(random_tokens(200, 13));
   Session fork = session.fork();
@@ -167,7 +168,7 @@ TEST_CASE("a fork goes on by itself, from the same state") {
 
 TEST_CASE("states stay within their budget, which counts what they share once; 0 keeps none") {
   const std::uint64_t budget = 24u << 20;
-  const Model model = Model::open(tiny, {.prefix_cache = budget});
+  const Model model = test::open(tiny, {.prefix_cache = budget});
   {
     Session session = model.session({.context = 4096, .snapshot_spacing = 128});
     session.sync(random_tokens(4000, 14), std::span<const std::int64_t>());
@@ -179,7 +180,7 @@ TEST_CASE("states stay within their budget, which counts what they share once; 0
     CHECK(session.sync(random_tokens(4000, 14), std::span<const std::int64_t>()).reused == 4000);
   }
   CHECK(model.prefix_statistics().bytes <= budget);  // the session's part is theirs now
-  const Model none = Model::open(tiny, {.prefix_cache = 0});
+  const Model none = test::open(tiny, {.prefix_cache = 0});
   Session session = none.session({.context = 1024});
   const Tokens tokens = random_tokens(500, 15);
   session.sync(tokens);
@@ -188,7 +189,7 @@ TEST_CASE("states stay within their budget, which counts what they share once; 0
 }
 
 TEST_CASE("sessions in several threads share what they read") {
-  const Model model = Model::open(tiny, {.threads = 1, .prefix_cache = 24u << 20});
+  const Model model = test::open(tiny, {.threads = 1, .prefix_cache = 24u << 20});
   const Tokens system = random_tokens(600, 16);
   const std::int64_t turns[] = {0, 600};
   const auto expected = [&] {

@@ -10,6 +10,7 @@
 
 #include "qwen3next.hpp"
 #include "tests/support/golden.hpp"
+#include "tests/support/open.hpp"
 
 using namespace qwen3next;
 
@@ -50,7 +51,7 @@ namespace {
 const std::string tiny = QWEN3NEXT_SOURCE_DIR "/weights/tiny/qwen3next-tiny.gguf";
 
 const Model& model() {
-  static const Model m = Model::open(tiny);
+  static const Model m = test::open(tiny);
   return m;
 }
 
@@ -259,7 +260,7 @@ TEST_CASE("sessions decoded together get what each gets alone") {
 TEST_CASE("turns that cannot be taken change nothing") {
   Session a = model().session({.context = 4}), b = model().session({.context = 64});
   const std::vector<std::int32_t> one{1}, five{1, 2, 3, 4, 5}, wrong{-1};
-  const Model other = Model::open(tiny);
+  const Model other = test::open(tiny);
   Session stranger = other.session({.context = 64});
   const auto refuse = [&](std::vector<Turn> turns, const char* why) {
     CHECK_THROWS_WITH_AS(decode_together(turns), doctest::Contains(why), Error);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "qwen3next.hpp"
+#include "tests/support/open.hpp"
 #include "tests/support/temp_folder.hpp"
 
 using namespace qwen3next;
@@ -48,7 +49,7 @@ TEST_CASE("a loaded session goes on bit for bit, whatever the KV type and the ba
     const auto prompt = random_tokens(300, 1);
     std::vector<float> logits, after;
     {
-      const Model model = Model::open(tiny, s.options);
+      const Model model = test::open(tiny, s.options);
       Session session = model.session(options);
       session.sync(prompt, std::vector<std::int64_t>{0, 280});
       session.decode(7);
@@ -56,7 +57,7 @@ TEST_CASE("a loaded session goes on bit for bit, whatever the KV type and the ba
       session.save(path);
       after = copy(session.decode(9));
     }
-    const Model model = Model::open(tiny, s.options);
+    const Model model = test::open(tiny, s.options);
     Session session = model.session(options);
     session.prefill(random_tokens(10, 2));
     session.load(path);
@@ -75,7 +76,7 @@ TEST_CASE("a loaded session goes on bit for bit, whatever the KV type and the ba
 TEST_CASE("files of other models, options and lengths are refused with a reason, and change nothing") {
   const test::TempFolder folder;
   const auto path = folder / "a.state";
-  const Model model = Model::open(tiny);
+  const Model model = test::open(tiny);
   Session session = model.session({.context = 512});
   CHECK_THROWS_WITH_AS(session.save(path), doctest::Contains("nothing to save"), Error);
   session.prefill(random_tokens(300, 3));
@@ -87,8 +88,8 @@ TEST_CASE("files of other models, options and lengths are refused with a reason,
   };
   refuse(model.session({.context = 256}), "more than the context of 256");
   refuse(model.session({.context = 512, .kv = KvType::q8_0}), "another type");
-  refuse(Model::open(tiny, {.yarn_factor = 2}).session({.context = 512}), "another model");
-  refuse(Model::open(tiny, {.experts_used = 2}).session({.context = 512}), "another model");
+  refuse(test::open(tiny, {.yarn_factor = 2}).session({.context = 512}), "another model");
+  refuse(test::open(tiny, {.experts_used = 2}).session({.context = 512}), "another model");
   refuse(Model::open(tiny, {.backend = Backend::reference}).session({.context = 512}), "another model");
   CHECK_THROWS_AS(session.load(folder / "none.state"), Error);
   // The same weights but for one byte in the middle of a tensor of the sample.
@@ -97,12 +98,12 @@ TEST_CASE("files of other models, options and lengths are refused with a reason,
   const TensorRecord& first = checkpoint.records.front();
   changed[first.offset + 1] = static_cast<char>(changed[first.offset + 1] + 1);
   write(folder / "changed.gguf", changed);
-  refuse(Model::open(folder / "changed.gguf").session({.context = 512}), "another model");
+  refuse(test::open((folder / "changed.gguf").string()).session({.context = 512}), "another model");
 }
 
 TEST_CASE("a damaged file is never loaded") {
   const test::TempFolder folder;
-  const Model model = Model::open(tiny);
+  const Model model = test::open(tiny);
   Session session = model.session({.context = 512});
   const auto path = folder / "a.state";
   session.sync(random_tokens(300, 5), std::vector<std::int64_t>{0, 290});

@@ -19,7 +19,12 @@ struct RunModel {
 
   RunModel(const Checkpoint& checkpoint, B backend, int max_rows, int sequences = 1)
       : config(checkpoint.config), be(std::move(backend)), a(be, config, max_rows, max_rows, sequences) {
-    zip(checkpoint.weights, weights, [](const auto& view, auto& mine) { mine = view; });
+    zip(checkpoint.weights, weights, [&](const auto& view, auto& mine) {
+      if constexpr (requires { be.take(view, mine); })
+        be.take(view, mine);
+      else
+        mine = view;
+    });
   }
 
   SequenceState<B> state() { return SequenceState<B>(be, config); }

@@ -1,0 +1,159 @@
+// The whole model on a GPU: against transformers' logits, the boxes of a layer against the operations they consist of,
+// rows together against rows one by one.
+
+#include <doctest/doctest.h>
+
+#include <string>
+#include <vector>
+
+#include "backends/cuda/cuda_backend.hpp"
+#include "backends/reference/reference_backend.hpp"
+#include "model/forward.hpp"
+#include "model/mtp.hpp"
+#include "tests/cuda/gpu.hpp"
+#include "tests/support/golden.hpp"
+#include "tests/support/run_model.hpp"
+#include "weights/checkpoint.hpp"
+
+using namespace qwen3next;
+using test::nmse;
+
+namespace {
+
+const std::vector<std::string> goldens{"release", "fused", "sharded", "yarn", "fp8"};
+const std::string tiny = QWEN3NEXT_SOURCE_DIR "/weights/tiny/qwen3next-tiny.gguf";
+
+// Keeps the residual stream after each layer.
+struct Observed : CudaBackend {
+  using CudaBackend::CudaBackend;
+  void observe(int layer, Tensor x) {
+    residual.resize(std::max(residual.size(), static_cast<std::size_t>(layer) + 1));
+    for (int t = 0; t < x.n_rows; ++t) {
+      const std::span<const float> row = host(x.rows(t, 1));
+      residual[static_cast<std::size_t>(layer)].insert(residual[static_cast<std::size_t>(layer)].end(), row.begin(),
+                                                       row.end());
+    }
+  }
+  std::vector<std::vector<float>> residual;
+};
+
+// The operations alone, without the boxes that are more than one.
+struct Plain : CudaBackend {
+  using CudaBackend::CudaBackend;
+  void norm_linear() = delete;
+  void linear_add() = delete;
+  void gated_norm_linear_add() = delete;
+  void gated_attention() = delete;
+  void delta_net() = delete;
+  void experts_add() = delete;
+};
+
+std::vector<std::int32_t> some_tokens(int n, int vocabulary) {
+  std::vector<std::int32_t> tokens;
+  for (int i = 0; i < n; ++i) tokens.push_back(static_cast<std::int32_t>((i * 7919 + 13) % vocabulary));
+  return tokens;
+}
+
+template <class B>
+std::vector<float> one_by_one(test::RunModel<B>& run, std::span<const std::int32_t> tokens, std::size_t together = 1) {
+  auto state = run.state();
+  std::vector<float> logits;
+  for (std::size_t i = 0; i < tokens.size(); i += together) {
+    const std::vector<float> some = run.step(state, tokens.subspan(i, std::min(together, tokens.size() - i)));
+    logits.insert(logits.end(), some.begin(), some.end());
+  }
+  return logits;
+}
+
+}  // namespace
+
+TEST_CASE("cuda gives transformers' logits") {
+  for (const std::string& name : goldens) {
+    for (const KvType kv : {KvType::f32, KvType::f16}) {
+      CAPTURE(name);
+      const double bound = 1e-5;
+      const Checkpoint checkpoint = Checkpoint::open(test::golden(name));
+      const test::Expected expected(name);
+      test::RunModel<Observed> run(checkpoint, Observed(test::gpu(), kv), static_cast<int>(expected.tokens().size()));
+      const std::vector<float> logits = run.logits(expected.tokens());
+      for (std::size_t i = 0; i < run.be.residual.size(); ++i) {  // names the first layer that differs
+        CAPTURE(i);
+        REQUIRE(nmse(run.be.residual[i], expected.floats("hidden." + std::to_string(i))) < bound);
+      }
+      const double error = nmse(logits, expected.floats("logits"));
+      MESSAGE(name << ": logits NMSE " << error);
+      CHECK(error < bound);
+      const double single = nmse(one_by_one(run, expected.tokens()), expected.floats("logits"));
+      MESSAGE(name << ": one by one, logits NMSE " << single);
+      CHECK(single < bound);
+      if (!checkpoint.config.has_mtp) continue;
+      const double mtp = nmse(run.mtp_logits(expected.tokens()), expected.floats("mtp_logits"));
+      MESSAGE(name << ": MTP logits NMSE " << mtp);
+      CHECK(mtp < bound);
+    }
+  }
+}
+
+TEST_CASE("cuda gives the bundled model's logits as the reference does") {
+  const Checkpoint checkpoint = Checkpoint::open(tiny);
+  const std::vector<std::int32_t> tokens = some_tokens(70, checkpoint.config.vocab_size);
+  test::RunModel<ReferenceBackend> reference(checkpoint, ReferenceBackend(), 70);
+  const std::vector<float> expected = reference.logits(tokens);
+  for (const KvType kv : {KvType::f32, KvType::f16, KvType::q8_0}) {
+    test::RunModel<CudaBackend> run(checkpoint, CudaBackend(test::gpu(), kv), 70);
+    const double together = nmse(run.logits(tokens), expected), single = nmse(one_by_one(run, tokens), expected);
+    MESSAGE("bundled model, NMSE against the reference: together " << together << ", one by one " << single);
+    CHECK(together < 1e-3);
+    CHECK(single < 1e-3);
+  }
+}
+
+TEST_CASE("cuda: up to 5 rows at once are single rows bit for bit; more agree") {
+  const Checkpoint checkpoint = Checkpoint::open(tiny);
+  const std::vector<std::int32_t> tokens = some_tokens(60, checkpoint.config.vocab_size);
+  test::RunModel<CudaBackend> run(checkpoint, CudaBackend(test::gpu(), KvType::f16), 60);
+  const std::vector<float> single = one_by_one(run, tokens);
+  for (const std::size_t together : {2, 3, 5}) {
+    CAPTURE(together);
+    CHECK(one_by_one(run, tokens, together) == single);
+  }
+  for (const std::size_t together : {6, 8, 12, 60}) {
+    CAPTURE(together);
+    CHECK(nmse(one_by_one(run, tokens, together), single) < 1e-4);
+  }
+}
+
+TEST_CASE("cuda: the boxes of a layer are the operations they consist of") {
+  for (const std::string& path : {test::golden("release").string(), test::golden("sharded").string(), tiny}) {
+    CAPTURE(path);
+    const Checkpoint checkpoint = Checkpoint::open(path);
+    const std::vector<std::int32_t> tokens = some_tokens(40, checkpoint.config.vocab_size);
+    test::RunModel<CudaBackend> whole(checkpoint, CudaBackend(test::gpu(), KvType::f16), 40);
+    test::RunModel<Plain> plain(checkpoint, Plain(test::gpu(), KvType::f16), 40);
+    CHECK(nmse(whole.logits(tokens), plain.logits(tokens)) < 1e-5);
+    CHECK(nmse(one_by_one(whole, tokens), one_by_one(plain, tokens)) < 1e-5);
+  }
+}
+
+TEST_CASE("cuda: sequences in one batch are those sequences alone") {
+  const Checkpoint checkpoint = Checkpoint::open(tiny);
+  test::RunModel<CudaBackend> run(checkpoint, CudaBackend(test::gpu(), KvType::f16), 80, 70);
+  std::vector<SequenceState<CudaBackend>> states;
+  std::vector<SequenceState<CudaBackend>*> pointers;
+  std::vector<std::vector<std::int32_t>> tokens;
+  std::vector<float> alone;
+  for (int i = 0; i < 70; ++i) {
+    states.push_back(run.state());
+    const auto history = some_tokens(1 + i % 9, checkpoint.config.vocab_size);
+    run.step(states.back(), history);
+    tokens.push_back({i * 31 % checkpoint.config.vocab_size});
+  }
+  for (std::size_t i = 0; i < 70; ++i) {
+    auto copy = states[i];
+    const auto logits = run.step(copy, tokens[i]);
+    alone.insert(alone.end(), logits.begin(), logits.end());
+    pointers.push_back(&states[i]);
+  }
+  const std::vector<float> together = run.step(pointers, tokens);
+  CHECK(nmse(together, alone) < 1e-4);
+}
