@@ -22,7 +22,7 @@ macro(qwen3next_find_cuda)
     else()
       # Machine code for A100, L4 and RTX 40, H100 and H200, RTX 50; and what later ones can translate.
       if(NOT CMAKE_CUDA_ARCHITECTURES)
-        set(CMAKE_CUDA_ARCHITECTURES "80-real;89-real;90-real;120" CACHE STRING "GPUs to compile for")
+        set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90-real 120)
       endif()
       if(NOT CMAKE_CUDA_COMPILER)
         set(CMAKE_CUDA_COMPILER ${QWEN3NEXT_NVCC})
