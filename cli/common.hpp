@@ -15,6 +15,7 @@
 
 #include "cli/format.hpp"
 #include "cli/interrupt.hpp"
+#include "cli/progress.hpp"
 #include "cli/terminal.hpp"
 #include "qwen3next.hpp"
 
@@ -93,7 +94,10 @@ inline void add_memory_options(CLI::App& command, std::string& memory, std::stri
 inline void add_model_options(CLI::App& command, ModelOptions& o) {
   command.add_option("MODEL", o.path, std::string(model_help))->required()->option_text(" ");
   add_mtp_file_option(command, o.mtp_path);
-  command.add_option("--backend", o.backend, "What computes: cpu, or reference (float32, slow, exact)")
+  command
+      .add_option(
+          "--backend", o.backend,
+          "What computes: cpu, cuda (an NVIDIA GPU, in programs built for it), or reference (float32, slow, exact)")
       ->option_text("NAME [cpu]")
       ->check(CLI::IsMember({"cpu", "reference", "cuda"}))
       ->group("Computing");
@@ -111,7 +115,7 @@ inline void add_model_options(CLI::App& command, ModelOptions& o) {
       ->option_text("N")
       ->check(CLI::PositiveNumber)
       ->group("Computing");
-  command.add_option("--gpu-memory", o.gpu_memory, "Refused: this build has no CUDA backend")
+  command.add_option("--gpu-memory", o.gpu_memory, "With --backend cuda: the most GPU memory to take [what is free]")
       ->option_text("SIZE")
       ->group("Computing");
   command.add_flag("-v,--verbose", o.verbose, "Say on stderr what is opened and how");
@@ -193,21 +197,40 @@ inline std::string memory_line(const MemoryPlan& p) {
          bytes_text(p.missed_bytes_per_token) + " to read for a token";
 }
 
-// Options that mean something in other builds are refused here, rather than ignored.
+// The backend by its name; refuses options that would do nothing with it, rather than ignoring them.
+inline Backend backend_kind(const ModelOptions& o) {
+  if (o.backend != "cuda") {
+    if (!o.gpu_memory.empty())
+      throw Error("--gpu-memory: the " + o.backend + " backend uses no GPU; add --backend cuda, or leave it out");
+    return o.backend == "reference" ? Backend::reference : Backend::cpu;
+  }
+#ifndef QWEN3NEXT_CUDA
+  throw Error("--backend cuda: this program was built without CUDA; build preset cuda (README says how), or use cpu");
+#endif
+  if (!o.isa.empty()) throw Error("--isa " + o.isa + ": names kernels of the cpu backend; leave it out, or use cpu");
+  return Backend::cuda;
+}
+
 inline Model open_model(const ModelOptions& o) {
-  if (o.backend == "cuda") throw Error("--backend cuda: this build has no CUDA backend; use cpu");
-  if (!o.gpu_memory.empty()) throw Error("--gpu-memory: this build has no CUDA backend; leave it out");
+  const Backend backend = backend_kind(o);
   const auto start = std::chrono::steady_clock::now();
-  Model model = Model::open(file_path(o.path), {.backend = o.backend == "reference" ? Backend::reference : Backend::cpu,
+  Progress loading("copying weights to the GPU", Progress::Unit::bytes);
+  Model model = Model::open(file_path(o.path), {.backend = backend,
                                                 .isa = o.isa,
                                                 .threads = o.threads,
                                                 .mtp_path = file_path(o.mtp_path),
                                                 .yarn_factor = o.yarn,
+                                                .on_load =
+                                                    [&](std::int64_t done, std::int64_t total) {
+                                                      loading.update(done, total);
+                                                      return true;
+                                                    },
                                                 .experts_used = o.experts_used,
                                                 .memory = memory_size(o.memory),
                                                 .expert_profile = file_path(o.expert_profile),
                                                 .cache_dir = file_path(o.cache_dir),
                                                 .cache_dir_bytes = size_in_bytes("--cache-size", o.cache_size)});
+  loading.clear();
   if (drafts(o) > 0 && !model.config().has_mtp) {
     throw Error("--mtp " + o.mtp + ": " + o.path +
                 " holds no MTP head; leave it out, or name a file that does: --mtp-file");

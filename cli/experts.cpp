@@ -116,6 +116,8 @@ void print_experts_json(const RoutingResults& r, const Model& model) {
 }
 
 void experts(ExpertsOptions o) {
+  if (o.model.backend == "cuda")
+    throw Error("--backend cuda: the router's picks are watched on the CPU alone; use cpu or reference");
   const Model model = open_model(o.model);
   const Config& c = model.config();
   if (o.model.backend == "reference" && !o.model.kv.empty() && o.model.kv != "f32") {

@@ -115,11 +115,14 @@ for command in 'run -p hi' 'inspect' 'bench' 'logits --tokens 1 --out l.npy' 'to
 done
 try 1 run "$release" -p hi
 says "tokenizer.json"
-try 1 run "$toy" -p hi --backend cuda
-says "CUDA"
+CUDA_VISIBLE_DEVICES=-1 try 1 run "$toy" -p hi --backend cuda  # not built in, or no GPU to be seen
+says "--backend cuda: "
+says "use cpu"
+one_line
 try 1 run "$toy" -p hi --memory 1MiB
 says "MiB or more"
 try 1 run "$toy" -p hi --gpu-memory 1GiB
+says "add --backend cuda"
 try 2 run "$toy" -p hi --mtp 5
 try 1 run "$source/tests/golden/model/sharded" -p hi --mtp 2
 says "no MTP head"

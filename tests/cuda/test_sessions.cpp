@@ -1,5 +1,5 @@
-// Whole models on the card beside the same on the CPU: logits, and sessions that move from one to the other.  The suite
-// `sanitizer` runs every kernel once or twice, for compute-sanitizer.
+// Sessions that move between the card and the CPU; and the suite `sanitizer`, which runs every kernel once or twice,
+// for compute-sanitizer.
 
 #include <doctest/doctest.h>
 
@@ -8,9 +8,11 @@
 #include <random>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "qwen3next.hpp"
+#include "tests/support/golden.hpp"
 #include "tests/support/temp_folder.hpp"
 
 using namespace qwen3next;
@@ -40,47 +42,7 @@ std::vector<float> all_logits(Session& session, std::span<const std::int32_t> pr
   return rows;
 }
 
-// Normalised mean squared error.
-double nmse(std::span<const float> found, std::span<const float> expected) {
-  REQUIRE(found.size() == expected.size());
-  double error = 0, power = 0;
-  for (std::size_t i = 0; i < found.size(); ++i) {
-    const double e = static_cast<double>(expected[i]), d = static_cast<double>(found[i]) - e;
-    error += d * d, power += e * e;
-  }
-  return error / power;
-}
-
-// A model on the card beside the reference: a prompt, single tokens, the MTP head.
-void check_against_reference(const std::string& path, const SessionOptions& options, double bound) {
-  CAPTURE(path);
-  const Model cuda = open_on(Backend::cuda, path), reference = open_on(Backend::reference, path);
-  const auto prompt = random_tokens(cuda, 37, 1), then = random_tokens(cuda, 4, 2);
-  SessionOptions exact = options;
-  exact.kv = KvType::f32;
-  Session mine = cuda.session(options), theirs = reference.session(exact);
-  const double error = nmse(all_logits(mine, prompt, then), all_logits(theirs, prompt, then));
-  MESSAGE(path << ": NMSE " << error);
-  CHECK(error <= bound);
-  if (!cuda.config().has_mtp) return;
-  std::vector<float> found, expected;
-  cuda.session(options).mtp_logits(prompt, [&](auto row) { found.insert(found.end(), row.begin(), row.end()); });
-  reference.session(exact).mtp_logits(prompt,
-                                      [&](auto row) { expected.insert(expected.end(), row.begin(), row.end()); });
-  CHECK(nmse(found, expected) <= bound);
-}
-
 }  // namespace
-
-TEST_CASE("goldens: logits of odd shapes are those of the reference") {
-  for (const char* name : {"release", "fp8", "fused", "sharded", "yarn"})
-    check_against_reference(goldens + name, {.context = 64, .kv = KvType::f32}, 1e-5);
-}
-
-TEST_CASE("the bundled model: logits with every type of KV cache are near those of the reference") {
-  for (const KvType kv : {KvType::f16, KvType::f32, KvType::q8_0})
-    check_against_reference(tiny, {.context = 64, .kv = kv}, 1e-3);
-}
 
 TEST_CASE("a session saved on one backend goes on with the other") {
   const Model cuda = open_on(Backend::cuda, tiny), cpu = open_on(Backend::cpu, tiny);
@@ -93,7 +55,7 @@ TEST_CASE("a session saved on one backend goes on with the other") {
     begun.save(folder / "state");
     gone_on.load(folder / "state");
     CHECK(std::ranges::equal(gone_on.tokens(), prompt));
-    CHECK(nmse(all_logits(gone_on, then, {}), all_logits(begun, then, {})) <= 1e-3);
+    CHECK(test::nmse(all_logits(gone_on, then, {}), all_logits(begun, then, {})) <= 1e-3);
   }
 }
 
