@@ -1,0 +1,228 @@
+#pragma once
+// What the kernels of attention share.
+//
+// Three of them attend: attend_few (rows of decoding; attention_few.cu), attend_many (prefill; attention_many.cu), both
+// on tensor cores for heads of 256 in groups of 8, and attend_plain (any shape and cache type, f32; attention.cu).
+//
+// Few rows split the positions: a leaf is 64 of them, a group four leaves, wherever the text ends.  Of each, a row's
+// partial result is (max, sum, out) of exp2(score - max), and partial results are added up leaf by leaf in a group,
+// then group by group as combine() says.  Which block does which of them does not matter to a row, nor do the other
+// rows.
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backends/backend.hpp"
+#include "backends/cuda/launch.cuh"
+#include "backends/cuda/scalar.cuh"
+#include "backends/cuda/tensor.hpp"
+
+namespace qwen3next::cuda {
+
+constexpr int kv_block = 256;  // CudaKvCache::block_positions
+constexpr int leaf_positions = 64, group_leaves = 4;
+constexpr int fast_head_dim = 256,
+              fast_group = 8;  // what attend_few and attend_many are made for: query heads a KV head
+constexpr int few_rows = 8;    // most rows of a segment that splits the positions
+constexpr float log2_e = 1.4426950408889634f;
+
+// A segment as kernels see it: row begin + t is at position first + t of the cache.
+struct KvSpan {
+  std::byte* const* table;
+  int begin, count, first;
+};
+constexpr int most_spans = 64;  // of a launch
+struct KvSpans {
+  int count = 0;
+  KvSpan span[most_spans];
+};
+
+// What lies where in a cache's block.
+struct KvLayout {
+  int row_bytes, kv_heads;
+
+  __device__ std::size_t plane() const { return static_cast<std::size_t>(kv_block) * row_bytes; }
+  __device__ std::byte* key_row(std::byte* const* table, int position, int head) const {
+    return table[position / kv_block] + head * plane() + static_cast<std::size_t>(position % kv_block) * row_bytes;
+  }
+  __device__ std::byte* value_row(std::byte* const* table, int position, int head) const {
+    return key_row(table, position, head + kv_heads);
+  }
+};
+
+// f32 [T, cols], `stride` floats apart.
+struct Rows {
+  float* data = nullptr;
+  std::ptrdiff_t stride = 0;
+  __device__ float* row(int r) const { return data + r * stride; }
+};
+inline Rows rows_of(const CudaTensor& t) { return {t.data, t.stride}; }
+
+// How q and k become what is compared; what is null is left out.
+struct Preparation {
+  const float *q_norm, *k_norm;  // [D]
+  float eps;
+  Rows angles;  // [T, 2 pairs]
+  int pairs;
+};
+
+// Where results go; heads *= sigmoid(gate) unless gate is null.
+struct HeadsOut {
+  Rows heads, gate;
+  std::uint16_t* half;  // the same stride as heads
+};
+__device__ inline void put_head_value(const HeadsOut& out, int row, int column, float value) {
+  if (out.gate.data) value *= sigmoid(out.gate.row(row)[column]);
+  out.heads.row(row)[column] = value;
+  out.half[row * out.heads.stride + column] = half_bits(value);
+}
+
+// Partial results of few rows: of unit u (a leaf or a group of one span and KV head), row t of the span and head h of
+// the KV head's group: out [u][t * group + h][D], and max and sum.
+struct Partials {
+  KvSpans spans;
+  int first_unit[most_spans + 1];  // of each span: for each KV head, its units in order
+  int unit_leaves;                 // 1 or group_leaves
+  int rows;                        // of a unit, group times the most rows of a span
+  float* out;
+  float2* max_sum;  // [u][rows]
+
+  __host__ __device__ int units_of_head(int span) const {
+    const int positions = spans.span[span].first + spans.span[span].count, unit = unit_leaves * leaf_positions;
+    return (positions + unit - 1) / unit;
+  }
+};
+
+// --- Arithmetic of partial results ---
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Adding (max, sum) b to a: the factors of what either stands for.
+struct MergeFactors {
+  float max, of_a, of_b;
+};
+__device__ inline MergeFactors merge_factors(float a_max, float b_max) {
+  const float most = fmaxf(a_max, b_max);
+  return {most, exp2_fast(a_max - most), exp2_fast(b_max - most)};
+}
+__device__ inline float merge(float a, float b, const MergeFactors& f) {
+  return __fmaf_rn(b, f.of_b, __fmul_rn(a, f.of_a));
+}
+
+// --- Tensor cores and shared memory ---
+
+__device__ inline std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+// 16 bytes; zeros unless `valid`.
+__device__ inline void copy_or_clear_async(std::uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ inline void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int left>
+__device__ inline void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+}
+
+__device__ inline void load_matrices(std::uint32_t (&r)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void load_transposed(std::uint32_t (&r)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+// c [16, 8] += a [16, 16] b [16, 8]
+__device__ inline void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline std::uint32_t half_pair(float a, float b) {
+  const __half2 h = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const std::uint32_t*>(&h);
+}
+
+// Rows of 256 f16 in shared memory: 32 chunks of 16 bytes, changing places so that eight rows' chunks of one column
+// meet all banks.
+__device__ inline std::uint32_t tile_offset(int row, int chunk) {
+  return static_cast<std::uint32_t>(row * 512 + ((chunk ^ (row & 7)) << 4));
+}
+
+// --- A head of 256, eight dims [8 lane, 8 lane + 8) a lane of a warp ---
+
+__device__ inline void load_eight(float (&x)[8], const float* row, int lane) {
+  const float4 a = reinterpret_cast<const float4*>(row)[2 * lane],
+               b = reinterpret_cast<const float4*>(row)[2 * lane + 1];
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+__device__ inline uint4 eight_halves(const float (&x)[8]) {
+  constexpr float most = 65504;
+  float y[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) y[i] = fminf(fmaxf(x[i], -most), most);
+  return {half_pair(y[0], y[1]), half_pair(y[2], y[3]), half_pair(y[4], y[5]), half_pair(y[6], y[7])};
+}
+
+// x = rope(rms_norm(x)); `angles` null: no rotation; pairs a multiple of 8.
+__device__ inline void prepare_eight(float (&x)[8], int lane, const float* norm, float eps, const float* angles,
+                                     int pairs) {
+  if (norm) {
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares = __fmaf_rn(x[i], x[i], squares);
+    const float scale = 1 / sqrtf(warp_sum(squares) / fast_head_dim + eps);
+    float weight[8];
+    load_eight(weight, norm, lane);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], scale), weight[i]);
+  }
+  if (!angles) return;
+  const int d = 8 * lane, lanes = pairs / 8;
+  const bool first = d < pairs, second = !first && d < 2 * pairs;
+  const int partner = first ? lane + lanes : second ? lane - lanes : lane;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float other = __shfl_sync(0xffffffff, x[i], partner);
+    if (!first && !second) continue;
+    const int pair = first ? d + i : d + i - pairs;
+    const float cos = angles[pair], sin = angles[pairs + pair];
+    x[i] = __fmaf_rn(x[i], cos, first ? -__fmul_rn(other, sin) : __fmul_rn(other, sin));
+  }
+}
+
+// --- Host: the fast kernels ---
+
+struct FewWork {
+  Partials partials;
+  Rows q, k, v;
+  Preparation prepare;
+  KvLayout layout;
+  float scale;  // of scores, times log2(e)
+  bool early;   // past rows may be read before the kernel before has ended
+};
+void attend_few(const Device& device, const FewWork& work, int total_units, int most_rows);
+
+struct ManyWork {
+  KvSpan span;
+  const std::uint16_t* q;  // f16 [T, Hq D], prepared
+  std::ptrdiff_t q_stride;
+  KvLayout layout;
+  float scale;
+  HeadsOut out;
+};
+void attend_many(const Device& device, const ManyWork& work);
+
+}  // namespace qwen3next::cuda
