@@ -200,23 +200,33 @@ CudaVector Uploader::vector(const VectorView& view) {
   return {memory->data<float>(), view.size, view.cols, memory};
 }
 
-CudaExperts Uploader::experts(const ExpertViews& views) {
-  CudaExperts experts;
-  if (views.empty()) return experts;
-  ExpertMatrices& m = experts.matrices;
+ExpertMatrices expert_matrices(const ExpertViews& views) {
+  ExpertMatrices m;
+  if (views.empty()) return m;
   m.count = static_cast<int>(views.size());
   m.gate = shape_of(views[0].gate), m.up = shape_of(views[0].up), m.down = shape_of(views[0].down);
   m.gate.scale = m.up.scale = m.down.scale = 1;
   m.up_at = m.gate.bytes(), m.down_at = m.up_at + m.up.bytes();
+  return m;
+}
+
+void Uploader::expert(const ExpertView& e, const ExpertMatrices& m, std::byte* slot) {
+  assert(e.gate.type == m.gate.type && e.up.type == m.up.type && e.down.type == m.down.type);
+  add(e.gate, slot), add(e.up, slot + m.up_at), add(e.down, slot + m.down_at);
+}
+
+CudaExperts Uploader::experts(const ExpertViews& views) {
+  CudaExperts experts;
+  if (views.empty()) return experts;
+  ExpertMatrices& m = experts.matrices = expert_matrices(views);
 
   experts.memory = std::make_shared<const DeviceBytes>(device_, views.size() * m.slot_bytes(), "experts");
   std::vector<const std::byte*> slots;
   std::vector<float> scales;
   bool scaled = false;
   for (const ExpertView& e : views) {
-    assert(e.gate.type == m.gate.type && e.up.type == m.up.type && e.down.type == m.down.type);
     std::byte* slot = experts.memory->data() + slots.size() * m.slot_bytes();
-    add(e.gate, slot), add(e.up, slot + m.up_at), add(e.down, slot + m.down_at);
+    expert(e, m, slot);
     slots.push_back(slot);
     for (const WeightView* w : {&e.gate, &e.up, &e.down}) {
       scales.push_back(w->scale);

@@ -101,6 +101,7 @@ class Uploader {
   CudaWeight weight(const WeightView& view);
   CudaVector vector(const VectorView& view);
   CudaExperts experts(const ExpertViews& views);
+  void expert(const ExpertView& view, const ExpertMatrices& layer, std::byte* slot);
 
   // Sends off what still waits.  What is launched after this finds the weights; throws Error if the card failed.
   void finish();
@@ -112,6 +113,9 @@ class Uploader {
   std::shared_ptr<Device> device_;
   std::unique_ptr<Staging> staging_;
 };
+
+// The experts of a layer, without slots and scales yet.
+ExpertMatrices expert_matrices(const ExpertViews& views);
 
 // Bytes that the card needs for a matrix.
 inline std::size_t device_bytes(const WeightView& view) noexcept {
