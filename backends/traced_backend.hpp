@@ -47,6 +47,8 @@ class Trace {
     OpCost cost;
   };
 
+  bool on = true;  // else operations run as they do without
+
   // Products are called by their first matrix; `name` outlives the trace.
   void name_product(const WeightView& first, std::string_view name) { names_[first.data] = name; }
 
@@ -79,74 +81,232 @@ class Trace {
   std::vector<Op> ops_;
 };
 
-// All operations are B's, timed on the caller's thread.
-template <BackendOps B>
-requires std::same_as<typename B::Tensor, HostTensor> && std::same_as<typename B::Weight, WeightView> &&
-    std::same_as<typename B::Vector, VectorView> && std::same_as<typename B::Experts, ExpertViews> &&
-    std::same_as<typename B::Routing, HostRouting> && std::same_as<typename B::DeltaState, HostDeltaState> &&
-    std::same_as<typename B::KvCache, HostKvCache>
+// A product of T rows with w.
+inline OpCost product_cost(const WeightView& w, int T) noexcept {
+  const double macs = static_cast<double>(T) * static_cast<double>(w.rows) * static_cast<double>(w.cols);
+  return {.memory = static_cast<double>(w.bytes()),
+          .integer_macs = info(w.type).quantised ? macs : 0,
+          .floating_macs = info(w.type).quantised ? 0 : macs};
+}
+// The experts that `ids`, of all rows, name; `rows` is scratch.
+inline OpCost experts_cost(const ExpertViews& experts, std::span<const std::int32_t> ids, std::vector<int>& rows) {
+  rows.assign(experts.size(), 0);
+  for (const std::int32_t id : ids) ++rows[static_cast<std::size_t>(id)];
+  OpCost cost;
+  for (std::size_t e = 0; e < experts.size(); ++e) {
+    if (rows[e] == 0) continue;
+    for (const WeightView* w : {&experts[e].gate, &experts[e].up, &experts[e].down}) cost += product_cost(*w, rows[e]);
+  }
+  return cost;
+}
+
+// How operations of a backend are timed, and what its weights are in the file: of one that computes in the caller's
+// thread, and in place.
+class HostMeter {
+ public:
+  static const WeightView& view(const WeightView& w) noexcept { return w; }
+
+  template <class Work>
+  void time(Trace& trace, std::string_view name, const OpCost& cost, Work work) {
+    const auto start = Clock::now();
+    work();
+    if (trace.on) trace.add(name, std::chrono::duration<double>(Clock::now() - start).count(), cost);
+  }
+  // The same of experts, to whose cost those are added that `routing` names after the work.
+  template <class Work>
+  void time_experts(Trace& trace, std::string_view name, OpCost cost, const ExpertViews& experts,
+                    const HostRouting& routing, int T, Work work) {
+    const auto start = Clock::now();
+    work();
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    if (!trace.on) return;
+    cost += experts_cost(experts, {routing.ids.data(), static_cast<std::size_t>(T * routing.k)}, rows_);
+    trace.add(name, seconds, cost);
+  }
+  // All that was timed is to be in the trace.
+  static void finish(Trace&) noexcept {}
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  std::vector<int> rows_;  // of each expert
+};
+
+// All operations are B's, timed by a Meter as above.
+template <BackendOps B, class Meter = HostMeter>
 class Traced : public B {
  public:
-  // `trace` outlives the backend.
-  Traced(B backend, Trace& trace) : B(std::move(backend)), trace_(&trace) {}
+  using Tensor = typename B::Tensor;
+  using Weight = typename B::Weight;
+  using Vector = typename B::Vector;
+  using DeltaSegments = std::span<const Segment<typename B::DeltaState>>;
+  using KvSegments = std::span<const Segment<typename B::KvCache>>;
+  using Projections = std::initializer_list<Projection<Weight, Tensor>>;
 
-  void embed(HostTensor out, std::span<const std::int32_t> tokens, const WeightView& w) {
-    const Timer timer(
-        *trace_, "embed",
-        {.memory = static_cast<double>(tokens.size()) * number(w.row_bytes()), .activations = bytes(out)});
-    B::embed(out, tokens, w);
+  // `trace` outlives the backend.
+  Traced(B backend, Trace& trace, Meter meter = {}) : B(std::move(backend)), trace_(&trace), meter_(std::move(meter)) {}
+
+  std::span<const float> host(Tensor row) {
+    const std::span<const float> values = B::host(row);
+    meter_.finish(*trace_);
+    return values;
   }
-  void rms_norm(HostTensor out, HostTensor x, const VectorView& weight, float eps) {
-    const Timer timer(*trace_, "rms_norm", {.memory = bytes(weight), .activations = bytes(out) + bytes(x)});
-    B::rms_norm(out, x, weight, eps);
+  void embed(Tensor out, std::span<const std::int32_t> tokens, const Weight& w) {
+    const OpCost cost{.memory = number(tokens.size()) * number(meter_.view(w).row_bytes()), .activations = bytes(out)};
+    time("embed", cost, [&] { B::embed(out, tokens, w); });
   }
-  void linear(HostTensor x, std::initializer_list<Projection<WeightView, HostTensor>> projections) {
+  void rms_norm(Tensor out, Tensor x, const Vector& weight, float eps) {
+    time("rms_norm", norm(out, x, weight), [&] { B::rms_norm(out, x, weight, eps); });
+  }
+  void linear(Tensor x, Projections projections) {
+    time(name(projections), products(x, projections), [&] { B::linear(x, projections); });
+  }
+  void causal_conv1d(Tensor out, Tensor x, const Vector& taps, DeltaSegments segments) {
+    time("causal_conv1d", convolution(out, x, taps, segments), [&] { B::causal_conv1d(out, x, taps, segments); });
+  }
+  void delta_gates(Tensor beta, Tensor g, Tensor b, Tensor a, const Vector& A, const Vector& dt_bias) {
+    time("delta_gates", gates(b, A, dt_bias), [&] { B::delta_gates(beta, g, b, a, A, dt_bias); });
+  }
+  void gated_delta_rule(Tensor out, Tensor qkv, Tensor beta, Tensor g, DeltaShape shape, DeltaSegments segments) {
+    time("gated_delta_rule", delta_rule(out, qkv, beta, shape, segments),
+         [&] { B::gated_delta_rule(out, qkv, beta, g, shape, segments); });
+  }
+  void gated_rms_norm(Tensor out, Tensor o, Tensor z, const Vector& weight, float eps) {
+    time("gated_rms_norm", gated_norm(out, weight), [&] { B::gated_rms_norm(out, o, z, weight, eps); });
+  }
+  void rope_angles(Tensor angles, std::span<const double> frequency, float scale, KvSegments segments) {
+    time("rope_angles", {.activations = bytes(angles)}, [&] { B::rope_angles(angles, frequency, scale, segments); });
+  }
+  void rope(Tensor x, Tensor angles, int head_dim) {
+    time("rope", rotation(x, angles, head_dim), [&] { B::rope(x, angles, head_dim); });
+  }
+  void attention(Tensor out, Tensor q, Tensor k, Tensor v, AttentionShape shape, KvSegments segments) {
+    time("attention", attending(out, q, k, v, shape, segments), [&] { B::attention(out, q, k, v, shape, segments); });
+  }
+  void sigmoid_gate(Tensor x, Tensor gate) {
+    time("sigmoid_gate", {.activations = 3 * bytes(x)}, [&] { B::sigmoid_gate(x, gate); });
+  }
+  void router(typename B::Routing& routing, Tensor logits, int k, bool normalise) {
+    time("router", {.activations = bytes(logits)}, [&] { B::router(routing, logits, k, normalise); });
+  }
+  void experts(Tensor out, Tensor x, const typename B::Experts& experts, const typename B::Routing& routing) {
+    meter_.time_experts(*trace_, "experts", {.activations = bytes(out) + bytes(x)}, experts, routing, x.n_rows,
+                        [&] { B::experts(out, x, experts, routing); });
+  }
+  void swiglu(Tensor out, Tensor gate, Tensor up) {
+    time("swiglu", {.activations = 3 * bytes(out)}, [&] { B::swiglu(out, gate, up); });
+  }
+  void add(Tensor x, Tensor y) {
+    time("add", {.activations = 3 * bytes(x)}, [&] { B::add(x, y); });
+  }
+  void add_gated(Tensor x, Tensor y, Tensor gate) {
+    time("add_gated", {.activations = 3 * bytes(x) + bytes(gate)}, [&] { B::add_gated(x, y, gate); });
+  }
+
+  // The boxes of model/forward.hpp that B has whole.  What passes from one of their operations to the next is not
+  // counted.
+  void norm_linear(Tensor h, Tensor x, const Vector& weight, float eps,
+                   Projections projections) requires(requires(B& be) {
+    be.norm_linear(h, x, weight, eps, projections);
+  }) {
+    OpCost cost = products(h, projections);
+    cost += {.memory = bytes(weight), .activations = bytes(x)};
+    time(name(projections), cost, [&] { B::norm_linear(h, x, weight, eps, projections); });
+  }
+  void linear_add(Tensor x, Tensor in, const Weight& w) requires(requires(B& be) { be.linear_add(x, in, w); }) {
+    OpCost cost = product_cost(meter_.view(w), x.n_rows);
+    cost += {.activations = bytes(in) + 2 * bytes(x)};
+    time(trace_->product(meter_.view(w)), cost, [&] { B::linear_add(x, in, w); });
+  }
+  void gated_norm_linear_add(Tensor x, Tensor o, Tensor z, const Vector& weight, float eps,
+                             const Weight& w) requires(requires(B& be) {
+    be.gated_norm_linear_add(x, o, z, weight, eps, w);
+  }) {
+    OpCost cost = product_cost(meter_.view(w), x.n_rows);
+    cost += {.memory = bytes(weight), .activations = bytes(o) + bytes(z) + 2 * bytes(x)};
+    time(trace_->product(meter_.view(w)), cost, [&] { B::gated_norm_linear_add(x, o, z, weight, eps, w); });
+  }
+  void gated_attention(Tensor out, Tensor q, Tensor gate, Tensor k, Tensor v, const Vector& q_norm,
+                       const Vector& k_norm, float eps, Tensor angles, AttentionShape shape,
+                       KvSegments segments) requires(requires(B& be) {
+    be.gated_attention(out, q, gate, k, v, q_norm, k_norm, eps, angles, shape, segments);
+  }) {
+    OpCost cost = attending(out, q, k, v, shape, segments);
+    cost += {.memory = bytes(q_norm) + bytes(k_norm), .activations = bytes(gate) + bytes(angles)};
+    time("attention", cost,
+         [&] { B::gated_attention(out, q, gate, k, v, q_norm, k_norm, eps, angles, shape, segments); });
+  }
+  void delta_net(Tensor out, Tensor mixed, Tensor in, Tensor b, Tensor a, const Vector& taps, const Vector& A,
+                 const Vector& dt_bias, DeltaShape shape, DeltaSegments segments) requires(requires(B& be) {
+    be.delta_net(out, mixed, in, b, a, taps, A, dt_bias, shape, segments);
+  }) {
+    OpCost cost = convolution(mixed, in, taps, segments);
+    cost += delta_rule(out, mixed, b, shape, segments);
+    cost += {.memory = bytes(A) + bytes(dt_bias), .activations = -2 * bytes(mixed)};
+    time("delta_net", cost, [&] { B::delta_net(out, mixed, in, b, a, taps, A, dt_bias, shape, segments); });
+  }
+  void experts_add(Tensor x, Tensor h, Tensor logits, typename B::Routing& routing, const typename B::Experts& experts,
+                   const SharedExpert<Weight>& shared, Tensor shared_gate, int k,
+                   bool normalise) requires(requires(B& be) {
+    be.experts_add(x, h, logits, routing, experts, shared, shared_gate, k, normalise);
+  }) {
+    OpCost cost{.activations = 2 * bytes(x) + bytes(h) + bytes(logits) + bytes(shared_gate)};
+    for (const Weight* w : {&shared.gate, &shared.up, &shared.down}) cost += product_cost(meter_.view(*w), x.n_rows);
+    meter_.time_experts(*trace_, "experts, shared", cost, experts, routing, x.n_rows,
+                        [&] { B::experts_add(x, h, logits, routing, experts, shared, shared_gate, k, normalise); });
+  }
+
+ private:
+  template <class Work>
+  void time(std::string_view name, const OpCost& cost, Work work) {
+    meter_.time(*trace_, name, cost, work);
+  }
+  std::string_view name(Projections projections) const {
+    return trace_->product(meter_.view(projections.begin()->weight));
+  }
+
+  static double number(auto x) noexcept { return static_cast<double>(x); }
+  static double bytes(const Tensor& t) noexcept { return sizeof(float) * number(t.n_rows) * number(t.n_cols); }
+  static double bytes(const Vector& v) noexcept { return sizeof(float) * number(v.size); }
+
+  static OpCost norm(const Tensor& out, const Tensor& x, const Vector& weight) noexcept {
+    return {.memory = bytes(weight), .activations = bytes(out) + bytes(x)};
+  }
+  static OpCost gated_norm(const Tensor& out, const Vector& weight) noexcept {
+    return {.memory = bytes(weight), .activations = 3 * bytes(out)};
+  }
+  OpCost products(const Tensor& x, Projections projections) const {
     OpCost cost{.activations = bytes(x)};
-    for (const auto& p : projections) cost += product(p.weight, x.n_rows), cost.activations += bytes(p.y);
-    const Timer timer(*trace_, trace_->product(projections.begin()->weight), cost);
-    B::linear(x, projections);
-  }
-  void causal_conv1d(HostTensor out, HostTensor x, const VectorView& taps,
-                     std::span<const Segment<HostDeltaState>> segments) {
-    OpCost cost{.memory = bytes(taps),
-                .activations = bytes(out) + bytes(x),
-                .floating_macs = number(x.n_rows) * number(x.n_cols) * number(taps.cols)};
-    for (const auto& s : segments) cost.memory += 2 * number(s.state->conv.size());
-    const Timer timer(*trace_, "causal_conv1d", cost);
-    B::causal_conv1d(out, x, taps, segments);
-  }
-  void delta_gates(HostTensor beta, HostTensor g, HostTensor b, HostTensor a, const VectorView& A,
-                   const VectorView& dt_bias) {
-    const Timer timer(*trace_, "delta_gates", {.memory = bytes(A) + bytes(dt_bias), .activations = 4 * bytes(b)});
-    B::delta_gates(beta, g, b, a, A, dt_bias);
-  }
-  void gated_delta_rule(HostTensor out, HostTensor qkv, HostTensor beta, HostTensor g, DeltaShape shape,
-                        std::span<const Segment<HostDeltaState>> segments) {
-    OpCost cost{.activations = bytes(out) + bytes(qkv) + bytes(beta) + bytes(g)};
-    for (const auto& s : segments) {
-      cost.memory += 2 * number(s.state->S.size());
-      // S^T k, S += k delta^T and S^T q.
-      cost.floating_macs += 3 * number(s.count) * number(s.state->S.size() / sizeof(float));
+    for (const auto& p : projections) {
+      cost += product_cost(meter_.view(p.weight), x.n_rows);
+      cost.activations += bytes(p.y);
     }
-    const Timer timer(*trace_, "gated_delta_rule", cost);
-    B::gated_delta_rule(out, qkv, beta, g, shape, segments);
+    return cost;
   }
-  void gated_rms_norm(HostTensor out, HostTensor o, HostTensor z, const VectorView& weight, float eps) {
-    const Timer timer(*trace_, "gated_rms_norm", {.memory = bytes(weight), .activations = 3 * bytes(out)});
-    B::gated_rms_norm(out, o, z, weight, eps);
+  static OpCost convolution(const Tensor& out, const Tensor& x, const Vector& taps, DeltaSegments segments) noexcept {
+    const double window = sizeof(float) * number(taps.cols - 1) * number(x.n_cols);
+    return {.memory = bytes(taps) + 2 * window * number(segments.size()),
+            .activations = bytes(out) + bytes(x),
+            .floating_macs = number(x.n_rows) * number(x.n_cols) * number(taps.cols)};
   }
-  void rope_angles(HostTensor angles, std::span<const double> frequency, float scale,
-                   std::span<const Segment<HostKvCache>> segments) {
-    const Timer timer(*trace_, "rope_angles", {.activations = bytes(angles)});
-    B::rope_angles(angles, frequency, scale, segments);
+  static OpCost gates(const Tensor& b, const Vector& A, const Vector& dt_bias) noexcept {
+    return {.memory = bytes(A) + bytes(dt_bias), .activations = 4 * bytes(b)};
   }
-  void rope(HostTensor x, HostTensor angles, int head_dim) {
+  static OpCost delta_rule(const Tensor& out, const Tensor& qkv, const Tensor& beta, DeltaShape shape,
+                           DeltaSegments segments) noexcept {
+    const double S = number(shape.value_heads) * number(shape.key_dim) * number(shape.value_dim);
+    OpCost cost{.activations = bytes(out) + bytes(qkv) + 2 * bytes(beta)};
+    for (const auto& s : segments) {
+      cost.memory += 2 * sizeof(float) * S;
+      cost.floating_macs += 3 * number(s.count) * S;  // S^T k, S += k delta^T and S^T q
+    }
+    return cost;
+  }
+  static OpCost rotation(const Tensor& x, const Tensor& angles, int head_dim) noexcept {
     const double turned = number(angles.n_cols) / number(head_dim);
-    const Timer timer(*trace_, "rope", {.activations = 2 * turned * bytes(x) + bytes(angles)});
-    B::rope(x, angles, head_dim);
+    return {.activations = 2 * turned * bytes(x) + bytes(angles)};
   }
-  void attention(HostTensor out, HostTensor q, HostTensor k, HostTensor v, AttentionShape shape,
-                 std::span<const Segment<HostKvCache>> segments) {
+  static OpCost attending(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, AttentionShape shape,
+                          KvSegments segments) noexcept {
     OpCost cost{.activations = bytes(out) + bytes(q) + bytes(k) + bytes(v)};
     for (const auto& s : segments) {
       const double past = number(s.position), T = number(s.count);
@@ -154,70 +314,11 @@ class Traced : public B {
       // q k and p v over what each of the T tokens sees: past + 1 .. past + T.
       cost.floating_macs += (past * T + T * (T + 1) / 2) * 2 * number(shape.heads) * number(shape.head_dim);
     }
-    const Timer timer(*trace_, "attention", cost);
-    B::attention(out, q, k, v, shape, segments);
-  }
-  void sigmoid_gate(HostTensor x, HostTensor gate) {
-    const Timer timer(*trace_, "sigmoid_gate", {.activations = 3 * bytes(x)});
-    B::sigmoid_gate(x, gate);
-  }
-  void router(HostRouting& routing, HostTensor logits, int k, bool normalise) {
-    const Timer timer(*trace_, "router", {.activations = bytes(logits)});
-    B::router(routing, logits, k, normalise);
-  }
-  void experts(HostTensor out, HostTensor x, const ExpertViews& experts, const HostRouting& routing) {
-    OpCost cost{.activations = bytes(out) + bytes(x)};
-    rows_.assign(experts.size(), 0);
-    for (int i = 0; i < routing.rows * routing.k; ++i)
-      ++rows_[static_cast<std::size_t>(routing.ids[static_cast<std::size_t>(i)])];
-    for (std::size_t e = 0; e < experts.size(); ++e) {
-      if (rows_[e] == 0) continue;
-      for (const WeightView* w : {&experts[e].gate, &experts[e].up, &experts[e].down}) cost += product(*w, rows_[e]);
-    }
-    const Timer timer(*trace_, "experts", cost);
-    B::experts(out, x, experts, routing);
-  }
-  void swiglu(HostTensor out, HostTensor gate, HostTensor up) {
-    const Timer timer(*trace_, "swiglu", {.activations = 3 * bytes(out)});
-    B::swiglu(out, gate, up);
-  }
-  void add(HostTensor x, HostTensor y) {
-    const Timer timer(*trace_, "add", {.activations = 3 * bytes(x)});
-    B::add(x, y);
-  }
-  void add_gated(HostTensor x, HostTensor y, HostTensor gate) {
-    const Timer timer(*trace_, "add_gated", {.activations = 3 * bytes(x) + bytes(gate)});
-    B::add_gated(x, y, gate);
-  }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  class Timer {
-   public:
-    Timer(Trace& trace, std::string_view name, const OpCost& cost) : trace_(trace), name_(name), cost_(cost) {}
-    Timer(const Timer&) = delete;
-    Timer& operator=(const Timer&) = delete;
-    ~Timer() { trace_.add(name_, std::chrono::duration<double>(Clock::now() - start_).count(), cost_); }
-
-   private:
-    Trace& trace_;
-    std::string_view name_;
-    OpCost cost_;
-    Clock::time_point start_ = Clock::now();
-  };
-
-  static double number(auto x) noexcept { return static_cast<double>(x); }
-  static double bytes(const HostTensor& t) noexcept { return sizeof(float) * number(t.n_rows) * number(t.n_cols); }
-  static double bytes(const VectorView& v) noexcept { return sizeof(float) * number(v.size); }
-  static OpCost product(const WeightView& w, int T) noexcept {
-    const double macs = number(T) * number(w.rows) * number(w.cols);
-    return {.memory = number(w.bytes()),
-            .integer_macs = info(w.type).quantised ? macs : 0,
-            .floating_macs = info(w.type).quantised ? 0 : macs};
+    return cost;
   }
 
   Trace* trace_;
-  std::vector<int> rows_;  // of each expert
+  Meter meter_;
 };
 
 }  // namespace qwen3next

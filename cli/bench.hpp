@@ -23,9 +23,9 @@ struct BenchOptions {
   double accept = -1;  // of the MTP head's guesses: forced to be right with this probability; -1: as they are
 };
 
-// What the machine can do at most, all processors together.
+// What the machine can do at most, all processors together; with the cuda backend, what the GPU can.
 struct Roofs {
-  double bandwidth = 0;                        // bytes per second
+  double bandwidth = 0;                        // bytes per second: read by processors, copied by a GPU
   double experts = 0;                          // bytes per second of streamed experts; 0: they are mapped
   double integer_macs = 0, floating_macs = 0;  // per second, with the kernels in use; 0: not measured
 
@@ -106,7 +106,7 @@ struct TracedResults {
   std::vector<OpsResult> ops;
 };
 
-// What o.parallel and o.ops ask for, on a traced cpu backend (bench_traced.cpp).
+// What o.parallel and o.ops ask for, on a traced backend (bench_traced.cpp).
 TracedResults run_traced(const Model& model, const BenchOptions& o, KvType kv);
 // o.turns turns after a history of each depth: -p tokens asked, -n tokens answered (bench_turns.cpp); the context that
 // they need.
@@ -120,8 +120,10 @@ void print_mtp(const std::vector<MtpResult>& results);
 nlohmann::ordered_json mtp_json(const std::vector<MtpResult>& results);
 // The multiply-adds of the kernels that o names, on as many threads as it names.
 void measure_peaks(Roofs& roofs, const BenchOptions& o);
+// A GPU's bandwidth and, if asked for, its multiply-adds, of which integers are no others (traced_cuda.cpp).
+Roofs cuda_roofs(bool products);
 
-void print_operations(const std::vector<OpsResult>& results, const Roofs& roofs);
+void print_operations(const std::vector<OpsResult>& results, const BenchOptions& o, const Roofs& roofs);
 nlohmann::ordered_json operations_json(const std::vector<OpsResult>& results, const Roofs& roofs);
 
 }  // namespace qwen3next::cli

@@ -15,24 +15,30 @@ std::int32_t best(std::span<const float> logits) {
 class MtpBench {
  public:
   MtpBench(const Model& model, const BenchOptions& o, KvType kv)
-      : o_(o), vocabulary_(model.config().vocab_size), model_(model, o, kv), random_tokens_(model.config()) {}
+      : o_(o),
+        vocabulary_(model.config().vocab_size),
+        model_(traced_model(model, o, kv)),
+        random_tokens_(model.config()) {}
 
   std::vector<MtpResult> run() {
     std::vector<MtpResult> results;
-    timeline_ = model_.timeline(o_.model.batch, true);
+    timeline_ = model_->timeline(o_.model.batch, true);
     for (const std::int64_t depth : o_.depths) {
       timeline_->reset();
       const std::vector<std::int32_t> context = random_tokens_(std::max<std::int64_t>(depth, 1));
       timeline_->append(context, [](std::int64_t, std::int64_t) { return !interrupted(); });
       const auto at_depth = timeline_->snapshot();
       MtpResult result{drafts(o_.model), o_.accept, o_.decode, depth};
-      decode(*at_depth, 0), decode(*at_depth, drafts(o_.model));  // the first time fetches and allocates
+      // The first time fetches and allocates; what it moves is what each run moves.
+      const double n = static_cast<double>(o_.decode);
+      model_->trace.on = true;
+      result.plain_bytes = decode(*at_depth, 0).bytes / n;
+      result.bytes = decode(*at_depth, drafts(o_.model)).bytes / n;
+      model_->trace.on = !model_->is_slowed();
       for (int i = 0; i < o_.repeats; ++i) {
         const Run plain = decode(*at_depth, 0), guessing = decode(*at_depth, drafts(o_.model));
-        result.plain.push_back(static_cast<double>(o_.decode) / plain.seconds);
-        result.guessing.push_back(static_cast<double>(o_.decode) / guessing.seconds);
-        result.plain_bytes += plain.bytes / static_cast<double>(o_.decode) / o_.repeats;
-        result.bytes += guessing.bytes / static_cast<double>(o_.decode) / o_.repeats;
+        result.plain.push_back(n / plain.seconds);
+        result.guessing.push_back(n / guessing.seconds);
         result.statistics = guessing.statistics;
       }
       results.push_back(std::move(result));
@@ -63,7 +69,7 @@ class MtpBench {
     const int draft_vocabulary = vocabulary_ > 2 * frequent_tokens ? frequent_tokens : vocabulary_;
     DraftDepth depth;
     Run run;
-    const double bytes_before = model_.trace.total().memory;
+    const double bytes_before = model_->trace.total().memory;
     const auto start = std::chrono::steady_clock::now();
     std::int32_t next = text[0];
     std::vector<std::int32_t> tokens, follow;
@@ -88,13 +94,13 @@ class MtpBench {
     // The last pass may have given more than was asked for.
     const double share = static_cast<double>(o_.decode) / static_cast<double>(done);
     run.seconds = share * seconds_since(start);
-    run.bytes = share * (model_.trace.total().memory - bytes_before);
+    run.bytes = share * (model_->trace.total().memory - bytes_before);
     return run;
   }
 
   const BenchOptions& o_;
   int vocabulary_;
-  TracedModel model_;
+  std::unique_ptr<TracedModel> model_;
   RandomTokens random_tokens_;
   std::unique_ptr<Timeline> timeline_;
 };

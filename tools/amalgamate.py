@@ -24,6 +24,9 @@ import sys
 ENTRY = "qwen3next.hpp"
 FOLDERS = ("core", "blocks", "model", "backends", "weights", "text", "generate")  # the library's, searched for orphans
 ORPHANS = {  # header: why the library does without
+    "backends/cuda/cuda_meter.hpp": "time of every operation on a GPU: for the program's bench",
+    "backends/cuda/roofs.hpp": "what a GPU can do: for the program's bench",
+    "backends/cuda/stream_clock.hpp": "for cuda_meter.hpp",
     "backends/observed_routing.hpp": "what routers pick: for the program's experts",
     "backends/traced_backend.hpp": "time and traffic of every operation: for the program's bench",
     "model/parameters.hpp": "parameters by part of the model: for the program's inspect",

@@ -33,6 +33,55 @@ struct TracedRun {
   }
 };
 
+// Has the boxes of a layer whole, as a GPU has.
+struct Boxed : CpuBackend {
+  using T = HostTensor;
+  using Delta = std::span<const Segment<HostDeltaState>>;
+  using Kv = std::span<const Segment<HostKvCache>>;
+  using Projections = std::initializer_list<Projection<WeightView, T>>;
+
+  explicit Boxed(CpuBackend backend) : CpuBackend(std::move(backend)) {}
+  void norm_linear(T h, T x, const VectorView& norm, float eps, Projections projections) {
+    rms_norm(h, x, norm, eps);
+    linear(h, projections);
+  }
+  void linear_add(T x, T in, const WeightView& w) {
+    T y = tensor(x.n_rows, x.n_cols);
+    linear(in, {{w, y}});
+    add(x, y);
+  }
+  void gated_norm_linear_add(T x, T o, T z, const VectorView& norm, float eps, const WeightView& w) {
+    gated_rms_norm(o, o, z, norm, eps);
+    linear_add(x, o, w);
+  }
+  void gated_attention(T out, T q, T gate, T k, T v, const VectorView& q_norm, const VectorView& k_norm, float eps,
+                       T angles, AttentionShape shape, Kv segments) {
+    rms_norm(q, q, q_norm, eps), rms_norm(k, k, k_norm, eps);
+    rope(q, angles, shape.head_dim), rope(k, angles, shape.head_dim);
+    attention(out, q, k, v, shape, segments);
+    sigmoid_gate(out, gate);
+  }
+  void delta_net(T out, T mixed, T in, T b, T a, const VectorView& taps, const VectorView& A, const VectorView& dt_bias,
+                 DeltaShape shape, Delta segments) {
+    T beta = tensor(b.n_rows, b.n_cols), g = tensor(b.n_rows, b.n_cols);
+    delta_gates(beta, g, b, a, A, dt_bias);
+    causal_conv1d(mixed, in, taps, segments);
+    gated_delta_rule(out, mixed, beta, g, shape, segments);
+  }
+  void experts_add(T x, T h, T logits, HostRouting& routing, const ExpertViews& views,
+                   const SharedExpert<WeightView>& shared, T shared_gate, int k, bool normalise) {
+    T mix = tensor(x.n_rows, x.n_cols), gate = tensor(x.n_rows, shared.gate.rows), y = tensor(x.n_rows, x.n_cols);
+    T up = tensor(x.n_rows, shared.gate.rows);
+    linear(h, {{shared.gate, gate}, {shared.up, up}});
+    router(routing, logits, k, normalise);
+    experts(mix, h, views, routing);
+    swiglu(gate, gate, up);
+    linear(gate, {{shared.down, y}});
+    add_gated(mix, y, shared_gate);
+    add(x, mix);
+  }
+};
+
 }  // namespace
 
 TEST_CASE("a traced backend computes what its base computes") {
@@ -62,6 +111,25 @@ TEST_CASE("the operations of a decoded token move the bytes that traffic.hpp for
     CHECK(traced.of("experts").memory == doctest::Approx(expected.experts));
     CHECK(traced.of("attention").memory == doctest::Approx(expected.kv_cache));
   }
+}
+
+TEST_CASE("boxes that a backend has whole count what their operations do") {
+  const Checkpoint checkpoint = Checkpoint::open(test::golden("release"));
+  const std::vector<std::int32_t> tokens{5, 6, 7, 8, 9};
+  TracedRun plain(checkpoint);
+  Trace trace;
+  test::RunModel<Traced<Boxed>> boxed(checkpoint, Traced<Boxed>(Boxed(cpu_backend()), trace), 100);
+  CHECK(boxed.logits(tokens) == plain.run.logits(tokens));
+  const OpCost whole = trace.total(), parts = plain.trace.total();
+  CHECK(whole.memory == doctest::Approx(parts.memory));
+  CHECK(whole.integer_macs + whole.floating_macs == doctest::Approx(parts.integer_macs + parts.floating_macs));
+  CHECK(whole.activations < parts.activations);
+  CHECK(trace.ops().size() < plain.trace.ops().size());
+
+  trace.on = false;  // nothing is counted, and nothing else changes
+  trace.clear();
+  CHECK(boxed.logits(tokens) == plain.run.logits(tokens));
+  CHECK(trace.ops().empty());
 }
 
 TEST_CASE("a batch counts shared weights once, and experts as the router picked them") {
