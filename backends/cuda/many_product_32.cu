@@ -1,0 +1,7 @@
+#include "backends/cuda/many_product.cuh"
+
+namespace qwen3next::cuda {
+
+template void multiply_many<32>(const Device& device, ManyProduct p, int splits);
+
+}  // namespace qwen3next::cuda
