@@ -131,6 +131,11 @@ class Refusals(unittest.TestCase):
         message = self.refusal({"all.hpp": "", "core/a.hpp": ""})
         self.assertIn("core/a.hpp: no header that all.hpp reaches includes it: include it where", message)
 
+    def test_folder_of_orphans(self):
+        with tempfile.TemporaryDirectory() as root:
+            write_tree(root, {"all.hpp": "int all;\n", "core/gpu/a.hpp": "int a;\n"})
+            self.assertNotIn("int a;", amalgamate.Amalgamation(root, "all.hpp", ("core",), {"core/gpu/": "why"}).text())
+
     def test_stale_list_of_orphans(self):
         files = {"all.hpp": '#include "core/a.hpp"\n', "core/a.hpp": ""}
         self.assertIn("core/a.hpp is on the list ORPHANS but is reached", self.refusal(files, {"core/a.hpp": "why"}))
