@@ -13,10 +13,11 @@ namespace {
 
 constexpr int threads = 256;
 
-// out[t] = sum of weights[slot] * parts[t k + slot], in their order.  Four columns a thread.
+// out[t] = sum of weights[slot] * parts[t k + slot], in their order; with `present` only of experts that have a slot
+// there.  Four columns a thread.
 __global__ void __launch_bounds__(threads)
     add_up(CudaTensor out, const float* __restrict__ parts, std::ptrdiff_t part_stride, Routing routing,
-           CudaTensor shared, CudaTensor shared_gate, bool add) {
+           const std::byte* const* present, CudaTensor shared, CudaTensor shared_gate, bool add) {
   wait_for_predecessor();
   let_successor_start();
   const auto t = static_cast<std::ptrdiff_t>(blockIdx.x);
@@ -27,6 +28,7 @@ __global__ void __launch_bounds__(threads)
   float4 sum{};
 #pragma unroll 5
   for (int slot = 0; slot < routing.k; ++slot, part += part_stride) {
+    if (present && !present[routing.ids[t * routing.k + slot]]) continue;
     const float4 v = __ldcs(reinterpret_cast<const float4*>(part));
     const float weight = weights[slot];
     sum.x += weight * v.x, sum.y += weight * v.y, sum.z += weight * v.z, sum.w += weight * v.w;
@@ -75,25 +77,33 @@ void slice_of_rows(const Device& device, DeviceScratch& scratch, const ExpertsMa
   const PickGroups groups = group_picks(device, routing, m.count, rows, memory);
   ManyProduct p;
   p.tiles = groups.tiles, p.n_tiles = groups.n_tiles, p.max_tiles = groups.max_tiles, p.picks = groups.picks;
-  p.slots_of_experts = m.slots, p.scales = m.scales;
+  p.scales = m.scales;
 
-  p.x = reinterpret_cast<const uint4*>(e.x.half), p.x_chunks = static_cast<std::uint32_t>(e.x.stride / 8);
-  p.slots = routing.k, p.hidden = hidden, p.hidden_stride = hidden_stride;
-  p.matrices[0] = {.w = m.gate, .at = 0, .scale = 0};
-  p.matrices[1] = {.w = m.up, .at = m.up_at, .scale = 1};
-  p.n_matrices = 2;
-  // Few rows: several warps share the columns, and a block has less to do.
-  multiply_many(device, p, rows, rows <= 16 ? 2 : 1);
+  const auto multiply = [&](const std::byte* const* slots) {
+    p.slots_of_experts = slots;
+    p.x = reinterpret_cast<const uint4*>(e.x.half), p.x_chunks = static_cast<std::uint32_t>(e.x.stride / 8);
+    p.slots = routing.k, p.hidden = hidden, p.hidden_stride = hidden_stride, p.factor = 1;
+    p.matrices[0] = {.w = m.gate, .at = 0, .scale = 0};
+    p.matrices[1] = {.w = m.up, .at = m.up_at, .scale = 1};
+    p.n_matrices = 2;
+    // Few rows: several warps share the columns, and a block has less to do.
+    multiply_many(device, p, rows, rows <= 16 ? 2 : 1);
 
-  p.x = reinterpret_cast<const uint4*>(hidden), p.x_chunks = static_cast<std::uint32_t>(hidden_stride / 8);
-  p.slots = 0, p.hidden = nullptr, p.factor = 16;
-  p.matrices[0] = {.w = m.down, .y = parts, .y_stride = part_stride, .at = m.down_at, .scale = 2};
-  p.n_matrices = 1;
-  multiply_many(device, p, rows, 1);
+    p.x = reinterpret_cast<const uint4*>(hidden), p.x_chunks = static_cast<std::uint32_t>(hidden_stride / 8);
+    p.slots = 0, p.hidden = nullptr, p.factor = 16;
+    p.matrices[0] = {.w = m.down, .y = parts, .y_stride = part_stride, .at = m.down_at, .scale = 2};
+    p.n_matrices = 1;
+    multiply_many(device, p, rows, 1);
+  };
+  if (e.waves) {
+    while (const std::byte* const* slots = e.waves->next()) multiply(slots);
+  } else {
+    multiply(m.slots);
+  }
 
   const auto blocks = static_cast<unsigned>((m.down.rows + 4 * threads - 1) / (4 * threads));
   launch(device, add_up, dim3(static_cast<unsigned>(routing.rows), blocks), threads, 0, e.out, parts, part_stride,
-         routing, e.shared, e.shared_gate, e.add);
+         routing, e.partial && !e.waves ? m.slots : nullptr, e.shared, e.shared_gate, e.add);
 }
 
 }  // namespace

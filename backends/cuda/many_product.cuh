@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) many_product(co
   const int first_tile = ((static_cast<int>(blockIdx.x) - part.first_block) * groups + group) * (p.hidden ? 1 : R);
   const int n_tiles = part.w.row_tiles();
   const std::byte* const slot = p.slots_of_experts ? p.slots_of_experts[expert] : nullptr;
+  if (p.slots_of_experts && !slot) return let_successor_start();  // not on the card, or not in this wave
   __syncthreads();
 
   const StagedRows<Shape> x{staged, p.x, from, count, (part.w.cols + tile_cols - 1) / tile_cols};

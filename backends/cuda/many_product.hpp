@@ -41,7 +41,7 @@ struct ManyProduct {
   int max_tiles = 0;
   const std::int32_t* picks = nullptr;
   int slots = 0;  // pick / slots is the row of x; 0: x has a row for each place
-  const std::byte* const* slots_of_experts = nullptr;
+  const std::byte* const* slots_of_experts = nullptr;  // a null slot: its picks are left out
   const float* scales = nullptr;  // [experts, 3]; null: all are 1
   std::uint16_t* hidden = nullptr;
   std::ptrdiff_t hidden_stride = 0;
