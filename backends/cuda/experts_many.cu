@@ -103,7 +103,7 @@ void slice_of_rows(const Device& device, DeviceScratch& scratch, const ExpertsMa
 
   const auto blocks = static_cast<unsigned>((m.down.rows + 4 * threads - 1) / (4 * threads));
   launch(device, add_up, dim3(static_cast<unsigned>(routing.rows), blocks), threads, 0, e.out, parts, part_stride,
-         routing, e.partial && !e.waves ? m.slots : nullptr, e.shared, e.shared_gate, e.add);
+         routing, e.experts->complete || e.waves ? nullptr : m.slots, e.shared, e.shared_gate, e.add);
 }
 
 }  // namespace

@@ -27,7 +27,6 @@ struct ExpertsMany {
   CudaTensor shared{};       // [T, H] f32
   CudaTensor shared_gate{};  // [T, 1] f32
   bool add = false;
-  bool partial = false;          // picks of experts without a slot count for nothing
   ExpertWaves* waves = nullptr;  // null: experts->matrices has the slots.  Bit for bit the same
 };
 void experts_many(const Device& device, DeviceScratch& scratch, const ExpertsMany& e);
