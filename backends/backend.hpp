@@ -40,12 +40,14 @@ struct Projection {
   Tensor y;              // [T, N]
 };
 
-// The expert that serves all tokens.
-template <class Weight>
+// The expert that serves all tokens: out += sigmoid(gate) * down(silu(gate_proj h) * (up_proj h)).
+template <class Weight, class Tensor>
 struct SharedExpert {
-  const Weight& gate;  // [Is, H]
-  const Weight& up;    // [Is, H]
-  const Weight& down;  // [H, Is]
+  const Weight& gate_proj;  // [Is, H]
+  const Weight& up_proj;    // [Is, H]
+  const Weight& down_proj;  // [H, Is]
+  Tensor gate;              // [T, 1]
+  Tensor hidden, up, y;     // scratch [T, Is] x2, [T, H]
 };
 
 struct DeltaShape {

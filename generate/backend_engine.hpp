@@ -34,11 +34,7 @@ class BackendEngine final : public Engine {
         make_backend_(std::move(make_backend)),
         description_(std::move(description)),
         streaming_(std::move(streaming)) {
-    if constexpr (requires { make_backend_.take(views, weights_); }) {
-      make_backend_.take(views, weights_);
-    } else if (!streaming_) {
-      take_weights<B>(views, weights_);
-    }
+    if (!streaming_) take(views);
   }
   std::unique_ptr<Timeline> timeline(const TimelineOptions& options) const override {
     if (options.batch < 1) throw Error("batch is " + std::to_string(options.batch) + ", expected at least 1");
@@ -48,7 +44,7 @@ class BackendEngine final : public Engine {
       charge = std::make_unique<Streaming::Charge>(*streaming_);
       charge->at_least(session_bytes(config_, kv, 1, 1));
       const std::lock_guard lock(loading_);
-      if (!loaded_) take_weights<B>(streaming_->load(), weights_);
+      if (!loaded_) take(streaming_->load());
       loaded_ = true;
     }
     return std::make_unique<BackendTimeline<B>>(make_backend_(kv), config_, weights_, kv, options.batch, options.mtp,
@@ -82,6 +78,13 @@ class BackendEngine final : public Engine {
   }
 
  private:
+  void take(const ModelWeights<Views>& views) const {
+    if constexpr (requires { make_backend_.take(views, weights_); })
+      make_backend_.take(views, weights_);
+    else
+      take_weights<B>(views, weights_);
+  }
+
   // In this machine's memory, as H keeps states.
   template <BackendOps H>
   std::shared_ptr<const TimelineSnapshot> blank(H backend, KvType kv, std::int64_t position, std::int64_t mtp_position,

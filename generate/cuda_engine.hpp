@@ -40,6 +40,7 @@ class CudaBackends {
       if (on_load_ && !on_load_(static_cast<std::int64_t>(done), static_cast<std::int64_t>(total))) throw Cancelled();
     };
     zip(views, mine, upload);
+    uploader.finish();
     device_->wait();
   }
 

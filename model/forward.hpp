@@ -32,8 +32,8 @@ void norm_linear(B& be, typename B::Tensor h, typename B::Tensor x, const typena
 // x += W in;  `y` [T, H] is scratch.
 template <BackendOps B>
 void linear_add(B& be, typename B::Tensor x, typename B::Tensor in, const typename B::Weight& w, typename B::Tensor y) {
-  if constexpr (requires { be.linear_add(x, in, w); }) {
-    be.linear_add(x, in, w);
+  if constexpr (requires { be.linear_add(x, in, w, y); }) {
+    be.linear_add(x, in, w, y);
   } else {
     be.linear(in, {{w, y}});
     be.add(x, y);
@@ -110,16 +110,18 @@ void gated_delta_net(B& be, const Config& c, const DeltaNetWeights<B>& w, const 
   up_to_kept_states(a, T, [&](int i, int n, std::span<const Segment<typename B::DeltaState>> segments) {
     auto in = qkv.rows(i, n), mixed = conv.rows(i, n), out = o.rows(i, n);
     auto b_n = b_in.rows(i, n), a_n = a_in.rows(i, n), beta_n = beta.rows(i, n), g_n = g.rows(i, n);
-    if constexpr (requires { be.delta_net(out, mixed, in, b_n, a_n, w.conv1d, w.A, w.dt_bias, shape, segments); }) {
-      be.delta_net(out, mixed, in, b_n, a_n, w.conv1d, w.A, w.dt_bias, shape, segments);
+    if constexpr (requires {
+                    be.delta_net(out, mixed, in, b_n, a_n, beta_n, g_n, w.conv1d, w.A, w.dt_bias, shape, segments);
+                  }) {
+      be.delta_net(out, mixed, in, b_n, a_n, beta_n, g_n, w.conv1d, w.A, w.dt_bias, shape, segments);
     } else {
       be.delta_gates(beta_n, g_n, b_n, a_n, w.A, w.dt_bias);
       be.causal_conv1d(mixed, in, w.conv1d, segments);
       be.gated_delta_rule(out, mixed, beta_n, g_n, shape, segments);
     }
   });
-  if constexpr (requires { be.gated_norm_linear_add(x, o, z, w.norm, eps, w.out_proj); }) {
-    be.gated_norm_linear_add(x, o, z, w.norm, eps, w.out_proj);
+  if constexpr (requires { be.gated_norm_linear_add(x, o, z, w.norm, eps, w.out_proj, mix); }) {
+    be.gated_norm_linear_add(x, o, z, w.norm, eps, w.out_proj, mix);
   } else {
     be.gated_rms_norm(o, o, z, w.norm, eps);
     linear_add(be, x, o, w.out_proj, mix);
@@ -137,12 +139,11 @@ void sparse_moe(B& be, const Config& c, const MoeWeights<B>& w, const typename B
   const float eps = static_cast<float>(c.rms_norm_eps);
   const int k = c.num_experts_per_tok;
 
-  const SharedExpert<typename B::Weight> shared_expert{w.shared_gate_proj, w.shared_up_proj, w.shared_down_proj};
-  if constexpr (requires {
-                  be.experts_add(x, h, logits, a.routing, w.experts, shared_expert, shared_expert_gate, k, true);
-                }) {
+  const SharedExpert<typename B::Weight, typename B::Tensor> shared_expert{
+      w.shared_gate_proj, w.shared_up_proj, w.shared_down_proj, shared_expert_gate, gate, up, shared};
+  if constexpr (requires { be.experts_add(x, h, logits, a.routing, w.experts, shared_expert, k, true); }) {
     norm_linear(be, h, x, norm, eps, {{w.gate, logits}, {w.shared_expert_gate, shared_expert_gate}});
-    be.experts_add(x, h, logits, a.routing, w.experts, shared_expert, shared_expert_gate, k, c.norm_topk_prob);
+    be.experts_add(x, h, logits, a.routing, w.experts, shared_expert, k, c.norm_topk_prob);
     return;
   }
   norm_linear(be, h, x, norm, eps,

@@ -46,11 +46,7 @@ class CudaBackend {
   static Host host_backend(KvType kv) { return Host({nullptr, 1, kv, {}}); }
 
   CudaBackend(std::shared_ptr<cuda::Device> device, KvType kv)
-      : device_(std::move(device)),
-        kv_(kv),
-        scratch_(device_),
-        shared_scratch_(device_),
-        ids_(device_) {}
+      : device_(std::move(device)), kv_(kv), scratch_(device_), ids_(device_) {}
 
   Tensor tensor(int rows, int cols) {
     const std::ptrdiff_t stride = (cols + 63) / 64 * 64;
@@ -92,9 +88,8 @@ class CudaBackend {
     cuda::rms_norm(*device_, out, x, weight.data, weight.size, eps);
   }
 
-  void linear(Tensor x, std::initializer_list<Projection<Weight, Tensor>> projections) {
-    multiply(x, products(projections), {});
-  }
+  using Projections = std::initializer_list<Projection<Weight, Tensor>>;
+  void linear(Tensor x, Projections projections) { multiply(x, projections, {}); }
 
   void causal_conv1d(Tensor out, Tensor x, const Vector& taps, std::span<const Segment<DeltaState>> segments) {
     cuda::causal_conv1d(*device_, out, x, taps.data, taps.cols, segments);
@@ -133,21 +128,137 @@ class CudaBackend {
   }
 
   void experts(Tensor out, Tensor x, const Experts& experts, const Routing& routing) {
-    cuda::experts_many(*device_, scratch_, {.out = out, .x = x, .experts = &experts, .routing = &routing});
+    if (few(x, experts, routing.k)) {
+      cuda::experts_few(*device_, scratch_, {.out = out, .x = x, .experts = &experts, .routing = routing});
+    } else {
+      cuda::experts_many(*device_, scratch_, {.out = out, .x = x, .experts = &experts, .routing = &routing});
+    }
   }
 
   void swiglu(Tensor out, Tensor gate, Tensor up) { cuda::swiglu(*device_, out, gate, up, 1); }
   void add(Tensor x, Tensor y) { cuda::add(*device_, x, y); }
   void add_gated(Tensor x, Tensor y, Tensor gate) { cuda::add_gated(*device_, x, y, gate); }
 
+  // --- boxes of model/forward.hpp ---
+
+  void norm_linear(Tensor h, Tensor x, const Vector& norm, float eps, Projections projections) {
+    if (x.n_rows <= cuda::max_few_rows) {
+      multiply(x, projections,
+               {.kind = cuda::FewInput::Kind::rms_norm,
+                .norm = norm.data,
+                .norm_size = norm.size,
+                .eps = eps,
+                .written = h});
+    } else {
+      rms_norm(h, x, norm, eps);
+      linear(h, projections);
+    }
+  }
+
+  void linear_add(Tensor x, Tensor in, const Weight& w, Tensor y) {
+    if (in.n_rows <= cuda::max_few_rows)
+      cuda::linear_few(*device_, in, one({w.matrix(), y}), {}, x);
+    else
+      cuda::linear_many(*device_, in, one_of_many({w.matrix(), x}), 1, true);
+  }
+
+  void gated_norm_linear_add(Tensor x, Tensor o, Tensor z, const Vector& norm, float eps, const Weight& w, Tensor y) {
+    if (o.n_rows <= cuda::max_few_rows) {
+      cuda::linear_few(*device_, o, one({w.matrix(), y}),
+                       {.kind = cuda::FewInput::Kind::gated_rms_norm,
+                        .norm = norm.data,
+                        .norm_size = norm.size,
+                        .eps = eps,
+                        .gate = z},
+                       x);
+    } else {
+      gated_rms_norm(o, o, z, norm, eps);
+      linear_add(x, o, w, y);
+    }
+  }
+
+  void delta_net(Tensor o, Tensor conv, Tensor qkv, Tensor b, Tensor a, Tensor beta, Tensor g, const Vector& taps,
+                 const Vector& A, const Vector& dt_bias, DeltaShape shape,
+                 std::span<const Segment<DeltaState>> segments) {
+    cuda::delta_net(*device_, scratch_, o, {qkv, b, a, taps.data, A.data, dt_bias.data, conv, beta, g}, shape,
+                    segments);
+  }
+
+  void gated_attention(Tensor heads, Tensor q, Tensor gate, Tensor k, Tensor v, const Vector& q_norm,
+                       const Vector& k_norm, float eps, Tensor angles, AttentionShape shape,
+                       std::span<const Segment<KvCache>> segments) {
+    cuda::gated_attention(*device_, scratch_, heads, q, gate, k, v, q_norm.data, k_norm.data, eps, angles, shape,
+                          segments);
+  }
+
+  void experts_add(Tensor x, Tensor h, Tensor logits, Routing& routing, const Experts& experts,
+                   const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
+    if (few(h, experts, k)) {
+      routing.rows = h.n_rows, routing.k = k;
+      cuda::experts_few(*device_, scratch_,
+                        {.residual = x,
+                         .x = h,
+                         .experts = &experts,
+                         .logits = logits,
+                         .routing = routing,
+                         .normalise = normalise,
+                         .shared_gate = shared.gate_proj.matrix(),
+                         .shared_up = shared.up_proj.matrix(),
+                         .shared_down = shared.down_proj.matrix(),
+                         .shared_logit = shared.gate});
+      return;
+    }
+    constexpr float half_scale = 1.0f / 16;  // what SwiGLU makes may leave the range of f16
+    router(routing, logits, k, normalise);
+    linear(h, {{shared.gate_proj, shared.hidden}, {shared.up_proj, shared.up}});
+    cuda::swiglu(*device_, shared.hidden, shared.hidden, shared.up, half_scale);
+    cuda::linear_many(*device_, shared.hidden, one_of_many({shared.down_proj.matrix(), shared.y}), 1 / half_scale);
+    cuda::experts_many(*device_, scratch_,
+                       {.out = x,
+                        .x = h,
+                        .experts = &experts,
+                        .routing = &routing,
+                        .shared = shared.y,
+                        .shared_gate = shared.gate,
+                        .add = true});
+  }
+
   cuda::Device& device() const noexcept { return *device_; }
 
  private:
+  static std::span<const cuda::Product> one(const cuda::Product& p) noexcept { return {&p, 1}; }
+
+  static std::span<const cuda::ManyOutput> one_of_many(const cuda::ManyOutput& p) noexcept { return {&p, 1}; }
+
+  static bool few(const Tensor& x, const Experts& experts, int k) noexcept {
+    return x.n_rows <= cuda::max_few_rows && k <= cuda::max_few_slots &&
+           experts.matrices.count <= cuda::max_few_experts;
+  }
+
+  // y = W input(x);  of more than a few rows, W x.
+  void multiply(Tensor x, Projections projections, const cuda::FewInput& input) {
+    if (x.n_rows <= cuda::max_few_rows) {
+      few_.clear();
+      for (const auto& p : projections) few_.push_back({p.weight.matrix(), p.y});
+      const auto most = static_cast<std::size_t>(cuda::max_few_products);
+      for (std::size_t i = 0; i < few_.size(); i += most)
+        cuda::linear_few(*device_, x, std::span(few_).subspan(i, std::min(most, few_.size() - i)), input);
+    } else {
+      many_.clear();
+      for (const auto& p : projections) many_.push_back({p.weight.matrix(), p.y});
+      cuda::linear_many(*device_, x, many_);
+    }
+  }
+
   std::shared_ptr<cuda::Device> device_;
   KvType kv_;
   std::vector<cuda::DeviceBytes> memory_;
-  cuda::DeviceScratch scratch_, shared_scratch_, ids_;
+  cuda::DeviceScratch scratch_, ids_;
   cuda::PinnedBytes host_row_;
+  std::vector<cuda::Product> few_;
+  std::vector<cuda::ManyOutput> many_;
 };
+
+static_assert(BackendOps<CudaBackend>);
 
 }  // namespace qwen3next

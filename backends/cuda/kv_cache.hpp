@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -14,12 +13,10 @@
 
 #include "backends/backend.hpp"
 #include "backends/cuda/device.hpp"
+#include "backends/host_state.hpp"
 #include "blocks/dtype.hpp"
 
 namespace qwen3next::cuda {
-
-// Asked for bytes of a state, piece by piece: writes all of each.
-using BytesSource = std::function<void(std::span<std::byte>)>;
 
 // As HostKvCache: blocks of 256 positions that copies of the cache share until one of them writes; in a block, for K
 // then V, for each head, 256 rows of head_dim values of the cache's type.  Kernels find the blocks through a table of
@@ -33,7 +30,7 @@ class CudaKvCache {
 
   CudaKvCache() = default;
   CudaKvCache(std::shared_ptr<Device> device, AttentionShape shape, KvType type)
-      : device_(std::move(device)), heads_(shape.kv_heads), type_(type) {
+      : device_(std::move(device)), shape_(shape), heads_(shape.kv_heads), type_(type) {
     row_bytes_ = qwen3next::row_bytes(stored_type(type), shape.head_dim);
   }
 
@@ -78,14 +75,26 @@ class CudaKvCache {
       sink(rows);
     });
   }
-  // The way back: fills positions 0 to length() - 1 of a cache that shares nothing, in the order of bytes().
-  void fill(const BytesSource& source) {
-    std::vector<std::byte> rows;
+  // The same in this machine's memory, and back; both keep 256 positions in a block, so pieces are alike.
+  HostKvCache to_host() const {
+    HostKvCache host(shape_, type_);
+    host.extend(static_cast<int>(length_));
+    std::vector<std::span<const std::byte>> pieces;
+    host.bytes([&](std::span<const std::byte> piece) { pieces.push_back(piece); });
+    std::size_t next = 0;
     each_piece([&](std::byte* data, std::size_t size) {
-      rows.resize(size);
-      source(rows);
-      device_->copy_to_device(data, rows.data(), size);
+      // The memory is the new cache's, which nobody else knows yet.
+      device_->copy_to_host(const_cast<std::byte*>(pieces[next++].data()), data, size);
     });
+    return host;
+  }
+  void from_host(const HostKvCache& host) {
+    truncate(0);
+    extend(static_cast<int>(host.length()));
+    std::vector<std::span<const std::byte>> pieces;
+    host.bytes([&](std::span<const std::byte> piece) { pieces.push_back(piece); });
+    std::size_t next = 0;
+    each_piece([&](std::byte* data, std::size_t size) { device_->copy_to_device(data, pieces[next++].data(), size); });
   }
 
   // Whether `longer`, of the same shape and type, begins with the same bytes.
@@ -228,6 +237,7 @@ class CudaKvCache {
   std::shared_ptr<Slab> slab_;
   Table table_;
   std::int64_t length_ = 0;
+  AttentionShape shape_{};
   int heads_ = 0;
   std::size_t row_bytes_ = 0;
   KvType type_ = KvType::f16;

@@ -24,8 +24,8 @@ const std::vector<std::string> goldens{"release", "fused", "sharded", "yarn", "f
 const std::string tiny = QWEN3NEXT_SOURCE_DIR "/weights/tiny/qwen3next-tiny.gguf";
 
 // Keeps the residual stream after each layer.
-struct Observed : CudaBackend {
-  using CudaBackend::CudaBackend;
+struct Observed : test::Gpu {
+  using Gpu::Gpu;
   void observe(int layer, Tensor x) {
     residual.resize(std::max(residual.size(), static_cast<std::size_t>(layer) + 1));
     for (int t = 0; t < x.n_rows; ++t) {
@@ -38,8 +38,8 @@ struct Observed : CudaBackend {
 };
 
 // The operations alone, without the boxes that are more than one.
-struct Plain : CudaBackend {
-  using CudaBackend::CudaBackend;
+struct Plain : test::Gpu {
+  using Gpu::Gpu;
   void norm_linear() = delete;
   void linear_add() = delete;
   void gated_norm_linear_add() = delete;
@@ -74,7 +74,7 @@ TEST_CASE("cuda gives transformers' logits") {
       const double bound = 1e-5;
       const Checkpoint checkpoint = Checkpoint::open(test::golden(name));
       const test::Expected expected(name);
-      test::RunModel<Observed> run(checkpoint, Observed(test::gpu(), kv), static_cast<int>(expected.tokens().size()));
+      test::RunModel<Observed> run(checkpoint, Observed(kv), static_cast<int>(expected.tokens().size()));
       const std::vector<float> logits = run.logits(expected.tokens());
       for (std::size_t i = 0; i < run.be.residual.size(); ++i) {  // names the first layer that differs
         CAPTURE(i);
@@ -100,7 +100,7 @@ TEST_CASE("cuda gives the bundled model's logits as the reference does") {
   test::RunModel<ReferenceBackend> reference(checkpoint, ReferenceBackend(), 70);
   const std::vector<float> expected = reference.logits(tokens);
   for (const KvType kv : {KvType::f32, KvType::f16, KvType::q8_0}) {
-    test::RunModel<CudaBackend> run(checkpoint, CudaBackend(test::gpu(), kv), 70);
+    test::RunModel<test::Gpu> run(checkpoint, test::Gpu(kv), 70);
     const double together = nmse(run.logits(tokens), expected), single = nmse(one_by_one(run, tokens), expected);
     MESSAGE("bundled model, NMSE against the reference: together " << together << ", one by one " << single);
     CHECK(together < 1e-3);
@@ -111,7 +111,7 @@ TEST_CASE("cuda gives the bundled model's logits as the reference does") {
 TEST_CASE("cuda: up to 5 rows at once are single rows bit for bit; more agree") {
   const Checkpoint checkpoint = Checkpoint::open(tiny);
   const std::vector<std::int32_t> tokens = some_tokens(60, checkpoint.config.vocab_size);
-  test::RunModel<CudaBackend> run(checkpoint, CudaBackend(test::gpu(), KvType::f16), 60);
+  test::RunModel<test::Gpu> run(checkpoint, test::Gpu(), 60);
   const std::vector<float> single = one_by_one(run, tokens);
   for (const std::size_t together : {2, 3, 5}) {
     CAPTURE(together);
@@ -128,8 +128,8 @@ TEST_CASE("cuda: the boxes of a layer are the operations they consist of") {
     CAPTURE(path);
     const Checkpoint checkpoint = Checkpoint::open(path);
     const std::vector<std::int32_t> tokens = some_tokens(40, checkpoint.config.vocab_size);
-    test::RunModel<CudaBackend> whole(checkpoint, CudaBackend(test::gpu(), KvType::f16), 40);
-    test::RunModel<Plain> plain(checkpoint, Plain(test::gpu(), KvType::f16), 40);
+    test::RunModel<test::Gpu> whole(checkpoint, test::Gpu(), 40);
+    test::RunModel<Plain> plain(checkpoint, Plain(), 40);
     CHECK(nmse(whole.logits(tokens), plain.logits(tokens)) < 1e-5);
     CHECK(nmse(one_by_one(whole, tokens), one_by_one(plain, tokens)) < 1e-5);
   }
@@ -137,9 +137,9 @@ TEST_CASE("cuda: the boxes of a layer are the operations they consist of") {
 
 TEST_CASE("cuda: sequences in one batch are those sequences alone") {
   const Checkpoint checkpoint = Checkpoint::open(tiny);
-  test::RunModel<CudaBackend> run(checkpoint, CudaBackend(test::gpu(), KvType::f16), 80, 70);
-  std::vector<SequenceState<CudaBackend>> states;
-  std::vector<SequenceState<CudaBackend>*> pointers;
+  test::RunModel<test::Gpu> run(checkpoint, test::Gpu(), 80, 70);
+  std::vector<SequenceState<test::Gpu>> states;
+  std::vector<SequenceState<test::Gpu>*> pointers;
   std::vector<std::vector<std::int32_t>> tokens;
   std::vector<float> alone;
   for (int i = 0; i < 70; ++i) {
