@@ -20,9 +20,9 @@ macro(qwen3next_find_cuda)
     elseif(qwen3next_cuda_problem)
       message(STATUS "No CUDA backend: ${qwen3next_cuda_problem}")
     else()
-      # Machine code for A100, L4 and RTX 40, H100 and H200, RTX 50; and what later ones can translate.
+      # Machine code for A100 and RTX 30, RTX 40, H100 and H200, RTX 50; of the last two what B200 and later ones translate.
       if(NOT CMAKE_CUDA_ARCHITECTURES)
-        set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90-real 120)
+        set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90 120)
       endif()
       if(NOT CMAKE_CUDA_COMPILER)
         set(CMAKE_CUDA_COMPILER ${QWEN3NEXT_NVCC})
