@@ -142,7 +142,7 @@ __device__ inline float iq4_level(int code) {
 __device__ inline float fp4_level(int code) {  // doubled
   constexpr std::uint64_t levels = 0xc864'3210;
   const float level = static_cast<float>(levels >> (code % 8 * 4) & 15);
-  return code & 8 ? -level : level;
+  return code > 8 ? -level : level;  // 8 is 0, not -0
 }
 
 // Element (row, col) of a strip, as the file means it but for the factor of the whole matrix.
