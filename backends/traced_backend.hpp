@@ -212,18 +212,19 @@ class Traced : public B {
     cost += {.memory = bytes(weight), .activations = bytes(x)};
     time(name(projections), cost, [&] { B::norm_linear(h, x, weight, eps, projections); });
   }
-  void linear_add(Tensor x, Tensor in, const Weight& w) requires(requires(B& be) { be.linear_add(x, in, w); }) {
+  void linear_add(Tensor x, Tensor in, const Weight& w,
+                  Tensor y) requires(requires(B& be) { be.linear_add(x, in, w, y); }) {
     OpCost cost = product_cost(meter_.view(w), x.n_rows);
     cost += {.activations = bytes(in) + 2 * bytes(x)};
-    time(trace_->product(meter_.view(w)), cost, [&] { B::linear_add(x, in, w); });
+    time(trace_->product(meter_.view(w)), cost, [&] { B::linear_add(x, in, w, y); });
   }
-  void gated_norm_linear_add(Tensor x, Tensor o, Tensor z, const Vector& weight, float eps,
-                             const Weight& w) requires(requires(B& be) {
-    be.gated_norm_linear_add(x, o, z, weight, eps, w);
+  void gated_norm_linear_add(Tensor x, Tensor o, Tensor z, const Vector& weight, float eps, const Weight& w,
+                             Tensor y) requires(requires(B& be) {
+    be.gated_norm_linear_add(x, o, z, weight, eps, w, y);
   }) {
     OpCost cost = product_cost(meter_.view(w), x.n_rows);
     cost += {.memory = bytes(weight), .activations = bytes(o) + bytes(z) + 2 * bytes(x)};
-    time(trace_->product(meter_.view(w)), cost, [&] { B::gated_norm_linear_add(x, o, z, weight, eps, w); });
+    time(trace_->product(meter_.view(w)), cost, [&] { B::gated_norm_linear_add(x, o, z, weight, eps, w, y); });
   }
   void gated_attention(Tensor out, Tensor q, Tensor gate, Tensor k, Tensor v, const Vector& q_norm,
                        const Vector& k_norm, float eps, Tensor angles, AttentionShape shape,
@@ -235,24 +236,25 @@ class Traced : public B {
     time("attention", cost,
          [&] { B::gated_attention(out, q, gate, k, v, q_norm, k_norm, eps, angles, shape, segments); });
   }
-  void delta_net(Tensor out, Tensor mixed, Tensor in, Tensor b, Tensor a, const Vector& taps, const Vector& A,
-                 const Vector& dt_bias, DeltaShape shape, DeltaSegments segments) requires(requires(B& be) {
-    be.delta_net(out, mixed, in, b, a, taps, A, dt_bias, shape, segments);
+  void delta_net(Tensor out, Tensor mixed, Tensor in, Tensor b, Tensor a, Tensor beta, Tensor g, const Vector& taps,
+                 const Vector& A, const Vector& dt_bias, DeltaShape shape,
+                 DeltaSegments segments) requires(requires(B& be) {
+    be.delta_net(out, mixed, in, b, a, beta, g, taps, A, dt_bias, shape, segments);
   }) {
     OpCost cost = convolution(mixed, in, taps, segments);
     cost += delta_rule(out, mixed, b, shape, segments);
     cost += {.memory = bytes(A) + bytes(dt_bias), .activations = -2 * bytes(mixed)};
-    time("delta_net", cost, [&] { B::delta_net(out, mixed, in, b, a, taps, A, dt_bias, shape, segments); });
+    time("delta_net", cost, [&] { B::delta_net(out, mixed, in, b, a, beta, g, taps, A, dt_bias, shape, segments); });
   }
   void experts_add(Tensor x, Tensor h, Tensor logits, typename B::Routing& routing, const typename B::Experts& experts,
-                   const SharedExpert<Weight>& shared, Tensor shared_gate, int k,
-                   bool normalise) requires(requires(B& be) {
-    be.experts_add(x, h, logits, routing, experts, shared, shared_gate, k, normalise);
+                   const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) requires(requires(B& be) {
+    be.experts_add(x, h, logits, routing, experts, shared, k, normalise);
   }) {
-    OpCost cost{.activations = 2 * bytes(x) + bytes(h) + bytes(logits) + bytes(shared_gate)};
-    for (const Weight* w : {&shared.gate, &shared.up, &shared.down}) cost += product_cost(meter_.view(*w), x.n_rows);
+    OpCost cost{.activations = 2 * bytes(x) + bytes(h) + bytes(logits) + bytes(shared.gate)};
+    for (const Weight* w : {&shared.gate_proj, &shared.up_proj, &shared.down_proj})
+      cost += product_cost(meter_.view(*w), x.n_rows);
     meter_.time_experts(*trace_, "experts, shared", cost, experts, routing, x.n_rows,
-                        [&] { B::experts_add(x, h, logits, routing, experts, shared, shared_gate, k, normalise); });
+                        [&] { B::experts_add(x, h, logits, routing, experts, shared, k, normalise); });
   }
 
  private:
