@@ -140,7 +140,7 @@ struct UpWork {
 
 struct UpUnits {
   const Section* section;
-  const std::byte* const* slots;
+  const ExpertMatrices* experts;
   const int* ids;  // of the picks, in shared memory
   int k;
   __device__ __forceinline__ Unit operator()(int unit) const {
@@ -150,7 +150,7 @@ struct UpUnits {
     const bool up = i >= s.gate_units;
     if (up) i -= s.gate_units;
     if (s.shared) return {(up ? s.up : s.gate) + i * s.unit_bytes, -1};
-    return {slots[ids[pick]] + (up ? s.up_at : s.gate_at) + i * s.unit_bytes, pick / k};
+    return {experts->slot_or_zeros(ids[pick]) + (up ? s.up_at : s.gate_at) + i * s.unit_bytes, pick / k};
   }
 };
 struct UpResult {
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(256, 2) experts_up_kernel(const __grid_constan
     const int first = max(begin, before) - before, last = min(end, before + s.units) - before;
     if (first >= last) continue;
     block.columns = s.shared ? rows.rows : 1;
-    const UpUnits at{&s, work.experts.slots, ids, k};
+    const UpUnits at{&s, &work.experts, ids, k};
     const UpResult done{&s,
                         s.shared ? work.shared : work.routed,
                         work.experts.scales,
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(32 * (max_few_slots + 1), 1)
 
   const Matrix& w = shared ? work.shared_down : work.experts.down;
   const int strips = w.strips();
-  const std::byte* base = shared ? w.data : work.experts.slots[ids[slot]] + work.experts.down_at;
+  const std::byte* base = shared ? w.data : work.experts.slot_or_zeros(ids[slot]) + work.experts.down_at;
   const std::byte* from =
       base + static_cast<std::size_t>(tile) * static_cast<std::size_t>(strips * strip_layout(w.type).bytes);
   const auto ready = [&] {

@@ -71,7 +71,8 @@ struct CudaVector {
 // What kernels know of the experts of a layer.  Expert e lies in one slot: gate, up and down one behind the other, at
 // the same places for all.  A slot may move between launches.
 struct ExpertMatrices {
-  const std::byte* const* slots = nullptr;  // [count], on the card
+  const std::byte* const* slots = nullptr;  // [count], on the card; null: an expert that is not there
+  const std::byte* absent = nullptr;        // zeros: what few rows take for the slot of such an expert
   const float* scales = nullptr;            // [count, 3] of gate, up, down, on the card; null: all are 1
   int count = 0;
   Matrix gate, up, down;  // of expert 0 but for data, which is null, and scale, which is 1
@@ -82,6 +83,7 @@ struct ExpertMatrices {
     m.data = slot + at;
     return m;
   }
+  QWEN3NEXT_DEVICE const std::byte* slot_or_zeros(int e) const noexcept { return slots[e] ? slots[e] : absent; }
   std::size_t slot_bytes() const noexcept { return down_at + down.bytes(); }
 };
 
