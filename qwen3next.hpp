@@ -80,7 +80,12 @@ struct Options {
   // is read as it is needed.  Nothing: weights are mapped, or streamed within what the machine can spare if that is
   // less than they take.
   std::optional<std::uint64_t> memory{};
-  std::filesystem::path expert_profile{};  // what `qwen3next experts --save` wrote: a streamed cache starts with that
+  std::filesystem::path expert_profile{};  // what `qwen3next experts --save` wrote: a streamed cache starts with that,
+                                           // and a GPU that does not hold all experts
+
+  // cuda: bytes of the GPU's memory for weights and sessions together; nothing: what is free.  Dense weights and states
+  // lie there, and as many experts as fit; the processor computes with the others, or they pass through the GPU.
+  std::optional<std::uint64_t> gpu_memory{};
 
   // Most bytes for states of what sessions have read, see Session::sync(), beside what sessions themselves hold; 0:
   // none. Nothing: half of what the machine can spare beside the weights, 8 GiB at most; of `memory` a sixteenth,

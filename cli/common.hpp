@@ -79,6 +79,11 @@ inline std::optional<std::uint64_t> memory_size(const std::string& text) {
   return size_in_bytes("--memory", text, "auto, or ");
 }
 
+inline std::optional<std::uint64_t> gpu_memory_size(const std::string& text) {
+  if (text.empty()) return {};
+  return size_in_bytes("--gpu-memory", text);
+}
+
 inline void add_memory_options(CLI::App& command, std::string& memory, std::string& profile) {
   command
       .add_option("--memory", memory,
@@ -197,6 +202,12 @@ inline std::string memory_line(const MemoryPlan& p) {
          bytes_text(p.missed_bytes_per_token) + " to read for a token";
 }
 
+// GPU memory: 24.0 GiB; dense weights 1.3 GiB, 11,000 of 25,088 experts 20.7 GiB
+inline std::string card_line(const MemoryPlan& p) {
+  return "GPU memory: " + bytes_text(p.card_budget) + "; dense weights " + bytes_text(p.card_dense) + ", " +
+         count_text(p.card_experts_held) + " of " + count_text(p.experts) + " experts " + bytes_text(p.card_experts);
+}
+
 // The backend by its name; refuses options that would do nothing with it, rather than ignoring them.
 inline Backend backend_kind(const ModelOptions& o) {
   if (o.backend != "cuda") {
@@ -228,6 +239,7 @@ inline Model open_model(const ModelOptions& o) {
                                                 .experts_used = o.experts_used,
                                                 .memory = memory_size(o.memory),
                                                 .expert_profile = file_path(o.expert_profile),
+                                                .gpu_memory = gpu_memory_size(o.gpu_memory),
                                                 .cache_dir = file_path(o.cache_dir),
                                                 .cache_dir_bytes = size_in_bytes("--cache-size", o.cache_size)});
   loading.clear();
@@ -243,6 +255,7 @@ inline Model open_model(const ModelOptions& o) {
               << (c.has_mtp ? ", MTP head" : "") << format("; opened in %.3f s\n", seconds_since(start))
               << "backend: " << model.backend_description() << "\n"
               << memory_line(plan) << "\n";
+    if (plan.card_budget > 0) std::cerr << card_line(plan) << "\n";
   }
   return model;
 }

@@ -74,7 +74,13 @@ class BackendEngine final : public Engine {
   std::size_t hidden_size() const { return config_.has_mtp ? static_cast<std::size_t>(config_.hidden_size) : 0; }
 
   std::optional<ExpertStatistics> expert_statistics() const override {
-    return streaming_ ? streaming_->statistics() : std::nullopt;
+    if constexpr (requires { make_backend_.statistics(); })
+      return make_backend_.statistics();
+    else
+      return streaming_ ? streaming_->statistics() : std::nullopt;
+  }
+  void add_to([[maybe_unused]] MemoryPlan& plan) const override {
+    if constexpr (requires { make_backend_.add_to(plan); }) make_backend_.add_to(plan);
   }
 
  private:

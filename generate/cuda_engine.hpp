@@ -8,6 +8,7 @@
 
 #include "backends/cuda/cuda_backend.hpp"
 #include "generate/backend_engine.hpp"
+#include "generate/cuda_offload.hpp"
 
 namespace qwen3next::detail {
 
@@ -62,6 +63,7 @@ class CudaBackends {
 inline std::unique_ptr<const Engine> make_cuda_engine(const Config& config, const ModelWeights<Views>& weights,
                                                       const EngineOptions& options) {
   const std::shared_ptr<cuda::Device> device = cuda::Device::open();
+  if (auto engine = make_offload_engine(device, config, weights, options)) return engine;
   return std::make_unique<BackendEngine<CudaBackend, CudaBackends>>(config, weights, KvType::f16,
                                                                     CudaBackends(device, options.on_load),
                                                                     "cuda, " + device->properties().name, nullptr);

@@ -3,6 +3,7 @@
 // and the templates below.
 
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -14,6 +15,7 @@
 #include "backends/backend.hpp"
 #include "backends/backend_kind.hpp"
 #include "model/config.hpp"
+#include "model/memory_plan.hpp"
 #include "model/weights.hpp"
 #include "weights/expert_statistics.hpp"
 
@@ -27,10 +29,12 @@ using Progress = std::function<bool(std::int64_t done, std::int64_t total)>;
 
 struct EngineOptions {
   Backend backend = Backend::cpu;
-  std::string isa{};                       // cpu: "" for the best that the machine has
-  int threads = 0;                         // cpu: 0 for as many as the process may run on
-  std::shared_ptr<Streaming> streaming{};  // cpu: null for weights that are all mapped
-  Progress on_load{};                      // cuda: told as weights reach the GPU
+  std::string isa{};                          // cpu: "" for the best that the machine has
+  int threads = 0;                            // cpu: 0 for as many as the process may run on
+  std::shared_ptr<Streaming> streaming{};     // cpu: null for weights that are all mapped
+  Progress on_load{};                         // cuda: told as weights reach the GPU
+  std::optional<std::uint64_t> gpu_memory{};  // cuda: most of it that may be taken; nothing: what is free
+  std::filesystem::path expert_profile{};     // cuda: which experts lie on the GPU first, if not all do
 };
 
 struct TimelineOptions {
@@ -151,8 +155,11 @@ class Engine {
                                                                  std::int64_t mtp_position,
                                                                  const TimelineSnapshot* longer) const = 0;
 
-  // Of streamed experts; nothing if none are, or no timeline was made yet.
+  // Of experts that are streamed, or not all on the GPU; nothing if none are, or no timeline was made yet.
   virtual std::optional<ExpertStatistics> expert_statistics() const = 0;
+
+  // Says in a session's plan what lies on a graphics card.
+  virtual void add_to(MemoryPlan&) const {}
 };
 
 // The views must outlive the engine.  Throws Error if the backend or the ISA is not there.

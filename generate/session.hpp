@@ -42,7 +42,8 @@ QWEN3NEXT_INLINE Model Model::open(const std::filesystem::path& path, const Opti
   if (options.yarn_factor != 0) config.extend_context(options.yarn_factor);
   shared->experts_of_model = config.num_experts_per_tok;
   if (options.experts_used != 0) config.use_experts(options.experts_used);
-  EngineOptions engine{options.backend, options.isa, options.threads, {}, options.on_load};
+  EngineOptions engine{options.backend, options.isa,        options.threads,       {},
+                       options.on_load, options.gpu_memory, options.expert_profile};
   const std::uint64_t memory = detail::streaming_memory(shared->checkpoint, options);
   PrefixCache::Charge charge;
   if (memory > 0) {
@@ -78,6 +79,7 @@ QWEN3NEXT_INLINE MemoryPlan Model::plan(const SessionOptions& options) const {
   plan.weights_mapped = checkpoint().file_bytes();
   plan.weights_copied = checkpoint().copied_bytes();
   if (shared_->streaming) shared_->streaming->add_to(plan, config());
+  shared_->engine->add_to(plan);
   return plan;
 }
 

@@ -35,6 +35,12 @@ struct MemoryPlan {
   double missed_bytes_per_token = 0;   // to be read for each token
   bool streamed() const noexcept { return budget > 0; }
 
+  // Where a graphics card holds some of the experts (all 0 elsewhere).
+  std::uint64_t card_budget = 0;       // all that may be taken of its memory
+  std::uint64_t card_dense = 0;        // weights but the routed experts
+  std::uint64_t card_experts = 0;      // the slots of experts
+  std::int64_t card_experts_held = 0;  // in them; of `experts`
+
   // What decoding can reach at most, if experts are read at this rate.  Bytes per second -> tokens per second.
   double tokens_per_second(double read_bandwidth) const noexcept {
     return missed_bytes_per_token > 0 ? read_bandwidth / missed_bytes_per_token : 0;

@@ -68,6 +68,12 @@ class ExpertCache {
   // What was fetched for a guess is worth no more than before: leave it pinned until its layer has run.
   int insert_if_better(int layer, int expert, double probability = 0);
 
+  // The slot that insert() would take next; none if all of the class are pinned.
+  int least(int cls) const noexcept {
+    const Class& c = classes_[static_cast<std::size_t>(cls)];
+    return !c.free.empty() ? c.free.back() : c.heap.empty() ? none : c.heap.front();
+  }
+
   void pin(int slot) noexcept;
   void unpin(int slot) noexcept;
   bool pinned(int slot) const noexcept { return at(slot).pins > 0; }
@@ -78,6 +84,7 @@ class ExpertCache {
   // Takes a slot of a class out of use (its memory is wanted elsewhere): a free one, or that of the unpinned expert
   // least worth keeping.  None if there is none.  restore() gives it back.
   int retire(int cls);
+  void retire_free(int slot);  // this one
   void restore(int slot);
 
   int slots_in_use(int cls) const noexcept { return classes_[static_cast<std::size_t>(cls)].in_use; }
@@ -298,6 +305,14 @@ inline int ExpertCache::retire(int cls) {
   at(slot).retired = true;
   --c.in_use;
   return slot;
+}
+
+inline void ExpertCache::retire_free(int slot) {
+  Class& c = class_of_slot(slot);
+  assert(at(slot).key == none && !at(slot).retired);
+  std::erase(c.free, slot);
+  at(slot).retired = true;
+  --c.in_use;
 }
 
 inline void ExpertCache::restore(int slot) {

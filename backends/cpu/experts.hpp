@@ -173,14 +173,16 @@ class ExpertLayer {
     });
   }
 
-  // A counting sort of (token, expert) pairs by expert.
+  // A counting sort of (token, expert) pairs by expert; ids below 0 are picks that others serve.
   void gather(const HostRouting& routing, int T, int n_experts) {
     const auto pairs = static_cast<std::size_t>(T) * static_cast<std::size_t>(routing.k);
     starts_.assign(static_cast<std::size_t>(n_experts) + 1, 0);
     tokens_.resize(pairs);
     weights_.resize(pairs);
     for (std::size_t i = identity_.size(); i < pairs; ++i) identity_.push_back(static_cast<std::int32_t>(i));
-    for (std::size_t i = 0; i < pairs; ++i) ++starts_[static_cast<std::size_t>(routing.ids[i]) + 1];
+    for (std::size_t i = 0; i < pairs; ++i) {
+      if (routing.ids[i] >= 0) ++starts_[static_cast<std::size_t>(routing.ids[i]) + 1];
+    }
     jobs_.clear();
     picks_.clear();
     max_count_ = 0;
@@ -193,6 +195,7 @@ class ExpertLayer {
       max_count_ = std::max(max_count_, count);
     }
     for (std::size_t i = 0; i < pairs; ++i) {
+      if (routing.ids[i] < 0) continue;
       const auto at = static_cast<std::size_t>(starts_[static_cast<std::size_t>(routing.ids[i])]++);
       tokens_[at] = static_cast<std::int32_t>(i / static_cast<std::size_t>(routing.k));
       weights_[at] = routing.weights[i];

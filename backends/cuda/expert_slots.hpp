@@ -1,0 +1,178 @@
+#pragma once
+// Experts on a card that does not hold them all: tables that say which are there, memory through which others pass, and
+// the exchange of rows with the processor, which computes where the rest is.  Mechanism alone: see offload_backend.hpp.
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "backends/cuda/device.hpp"
+#include "backends/cuda/router.hpp"
+#include "backends/cuda/tensor.hpp"
+#include "backends/cuda/weights.hpp"
+#include "blocks/weight_view.hpp"
+
+namespace qwen3next::cuda {
+
+// A moment of a stream.
+class StreamEvent {
+ public:
+  StreamEvent();
+  ~StreamEvent();
+  StreamEvent(StreamEvent&& other) noexcept : event_(std::exchange(other.event_, nullptr)) {}
+  StreamEvent& operator=(StreamEvent&& other) noexcept { return std::swap(event_, other.event_), *this; }
+
+  void record(const Device& device);      // after all that was launched there
+  void hold(const Device& device) const;  // what is launched there from now on waits for it
+  bool passed() const;                    // true, too, if it was never recorded
+
+ private:
+  CUevent_st* event_ = nullptr;
+};
+
+// Throws Error if work on the card failed; does not wait for it.
+void check_running(const Device& device);
+
+// In the order of the stream, to pinned memory.
+void download(const Device& device, void* to, const void* from, std::size_t bytes);
+
+// One entry of a table of slots [experts], null for an expert that is not on the card.
+struct SlotEntry {
+  std::int32_t expert;
+  const std::byte* slot;
+};
+inline constexpr int most_slot_entries = 64;
+
+// table [experts] = base (null: no slots), but for `entries`.  base may be the table itself.
+void write_slots(const Device& device, const std::byte** table, const std::byte* const* base, int experts,
+                 std::span<const SlotEntry> entries);
+
+// counts [experts] += the picks of a routing.
+void count_picks(const Device& device, const Routing& routing, std::int32_t* counts);
+
+// The slots of all layers and their tables.  Slots come in chunks, which can be given back one by one.
+class ExpertSlots {
+ public:
+  static constexpr int chunk_slots = 16;
+
+  // Slots [first, first + count) of `bytes` each for every class, in order.  Throws Error if they do not fit.
+  struct Class {
+    int count;
+    std::size_t bytes;
+  };
+  ExpertSlots(std::shared_ptr<Device> device, std::span<const Class> classes, int layers, int experts);
+
+  const std::byte* const* table(int layer) const noexcept { return row(layer); }
+  std::byte* slot(int i) const noexcept { return slots_[static_cast<std::size_t>(i)]; }
+  void set(int layer, std::span<const SlotEntry> entries) {
+    write_slots(*device_, row(layer), row(layer), experts_, entries);
+  }
+  void set(int layer, int expert, const std::byte* slot_or_null) {
+    const SlotEntry entry{expert, slot_or_null};
+    set(layer, {&entry, 1});
+  }
+
+  // The last chunk of the class of which most is left: its slots; none if all are gone.  give_back() frees it.
+  struct Chunk {
+    int first, count;
+    std::size_t bytes;
+  };
+  Chunk last_chunk() const noexcept;
+  void give_back(const Chunk& chunk);
+
+ private:
+  struct Part {
+    Chunk chunk;
+    int cls;
+    DeviceBytes memory;
+  };
+  const std::byte** row(int layer) const noexcept {
+    return tables_.data<const std::byte*>() + static_cast<std::ptrdiff_t>(layer) * experts_;
+  }
+
+  std::shared_ptr<Device> device_;
+  int experts_;
+  DeviceBytes tables_;  // [layers, experts]
+  std::vector<std::byte*> slots_;
+  std::vector<Part> parts_;
+};
+
+// Experts on their way through the card: two halves, one filled over the link by a stream of its own while products
+// read the other.
+class Transit {
+ public:
+  struct Expert {
+    std::int32_t id;
+    const ExpertView* view;
+  };
+
+  Transit(std::shared_ptr<Device> device, int slots_of_half, std::size_t slot_bytes, int experts);
+  static std::size_t bytes(int slots_of_half, std::size_t slot_bytes, int experts);
+
+  int slots_of_half() const noexcept { return slots_; }
+
+  // Products launched on the device's stream after this find these experts, at most slots_of_half(), in the table that
+  // it returns, beside those of `base` (null: none).  Returns when the views are not needed any more.
+  const std::byte* const* bring(int half, const std::byte* const* base, const ExpertMatrices& layer,
+                                std::span<const Expert> experts);
+  // All products that read this half have been launched.
+  void used(int half) { used_[half].record(*device_); }
+
+  // To a slot of its own, after all that was launched until now; when `arrived` has passed, it is there.
+  void bring(std::byte* slot, const ExpertMatrices& layer, const ExpertView& view, StreamEvent& arrived);
+
+  std::mutex mutex;  // whoever brings experts holds it
+
+ private:
+  std::shared_ptr<Device> device_, link_;  // the same card: two streams
+  int slots_;
+  std::size_t slot_bytes_;
+  int experts_;
+  DeviceBytes memory_, tables_;
+  Uploader uploader_;
+  StreamEvent used_[2], arrived_[2], now_;
+};
+
+// Rows that miss experts go to the processor, and what these make of them comes back, through pinned memory that the
+// card's kernels write and read: nothing is launched or copied for it but these kernels.  One exchange at a time, in
+// the order of the stream.
+class RowExchange {
+ public:
+  explicit RowExchange(std::shared_ptr<Device> device) : device_(std::move(device)) {}
+
+  struct Rows {
+    int rows = 0, k = 0, width = 0;
+    std::ptrdiff_t stride = 0;          // of x and sums
+    const std::int32_t* ids = nullptr;  // [rows, k]; ~id of an expert that is on the card
+    const float* weights = nullptr;     // [rows, k]
+    float* x = nullptr;                 // [rows, width]
+    float* sums = nullptr;              // [rows, width]: what is to be added
+  };
+
+  // Room for exchanges of such a size; none is under way.
+  void reserve(int rows, int k, int width);
+  bool holds(int rows, int k, int width) const noexcept { return rows <= rows_ && k <= k_ && width <= width_; }
+
+  // Launches the way there.  Returns the number of the exchange.
+  std::uint32_t send(CudaTensor x, const Routing& routing, const std::byte* const* table);
+  // Launches the way back: waits for the answer and adds it to x.
+  void add_answer(CudaTensor x, std::uint32_t number);
+
+  // The processor's side.
+  bool arrived(std::uint32_t number, int rows) const noexcept;
+  Rows rows(int rows, int k, int width) const noexcept;
+  void answer(std::uint32_t number, bool with_sums) noexcept;
+
+ private:
+  std::shared_ptr<Device> device_;
+  PinnedBytes memory_;
+  int rows_ = 0, k_ = 0, width_ = 0;
+  std::uint32_t number_ = 0;
+  std::size_t ids_ = 0, weights_ = 0, x_ = 0, sums_ = 0, stride_ = 0;  // where they begin; stride in floats
+};
+
+}  // namespace qwen3next::cuda

@@ -1,0 +1,299 @@
+#pragma once
+// The CUDA backend of a card that holds some of the experts.  The others come to the rows in one of three ways, see
+// OffloadWay; what lies on the card is computed there at the same time.
+//
+// What was copied is computed bit for bit as if it had been on the card.  What the processor computes is the CPU
+// backend's, whose activations are quantised to int8: of these experts' part of a layer's sum the NMSE is about 1e-4,
+// so rows agree with those of another pass, in which other experts were on the card, to that bound and not bit for bit.
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "backends/cuda/card_experts.hpp"
+#include "backends/cuda/cuda_backend.hpp"
+#include "backends/cuda/processor_experts.hpp"
+
+namespace qwen3next {
+
+namespace cuda {
+
+// The experts of a layer as products of many rows take them: first those on the card, then those that a supply has,
+// in as many waves as half of the transit memory needs.
+class SuppliedWaves final : public ExpertWaves {
+ public:
+  // `picks`: those to be supplied.  They are brought anew each time that the waves begin.
+  SuppliedWaves(Transit& transit, const CudaExperts& layer, ExpertSupply& supply,
+                std::span<const ExpertSupply::Pick> picks, int tokens)
+      : transit_(transit), layer_(layer), supply_(supply), picks_(picks), tokens_(tokens) {}
+
+  const std::byte* const* next() override {
+    if (!begun_) {
+      begun_ = true;
+      supply_.begin(picks_, tokens_);
+      arrived_ = {};
+      return layer_.matrices.slots;
+    }
+    if (std::exchange(in_use_, false)) transit_.used(half_);
+    gather();
+    if (batch_.empty()) {
+      begun_ = false;
+      return nullptr;
+    }
+    half_ ^= 1, in_use_ = true;
+    return transit_.bring(half_, nullptr, layer_.matrices, batch_);
+  }
+
+ private:
+  // As many as come before the supply wants some back, and fit.
+  void gather() {
+    batch_.clear();
+    while (batch_.size() < static_cast<std::size_t>(transit_.slots_of_half())) {
+      if (arrived_.empty()) arrived_ = supply_.arrived();
+      if (arrived_.empty()) {
+        if (!batch_.empty()) return;
+        const ExpertSupply::Range wave = supply_.next_wave();
+        if (wave.begin == wave.end) return;
+        continue;
+      }
+      const std::int32_t i = arrived_.front();
+      arrived_ = arrived_.subspan(1);
+      batch_.push_back({picks_[static_cast<std::size_t>(i)].expert, &supply_.view(i)});
+    }
+  }
+
+  Transit& transit_;
+  const CudaExperts& layer_;
+  ExpertSupply& supply_;
+  std::span<const ExpertSupply::Pick> picks_;
+  int tokens_;
+  std::span<const std::int32_t> arrived_;
+  std::vector<Transit::Expert> batch_;
+  bool begun_ = false, in_use_ = false;
+  int half_ = 1;
+};
+
+}  // namespace cuda
+
+class OffloadCudaBackend : public CudaBackend {
+ public:
+  struct Experts {
+    int layer = -1;
+  };
+
+  // `supply`: two, where experts are streamed from files; null: they are mapped.
+  OffloadCudaBackend(std::shared_ptr<cuda::Device> device, KvType kv, std::shared_ptr<cuda::CardExperts> experts,
+                     const CpuOptions& cpu, std::unique_ptr<StreamedExperts> processor_supply = {},
+                     std::unique_ptr<StreamedExperts> card_supply = {})
+      : CudaBackend(device, kv),
+        card_(experts),
+        processor_(
+            std::make_unique<cuda::ProcessorExperts>(device, std::move(experts), cpu, std::move(processor_supply))),
+        streamed_(std::move(card_supply)),
+        scratch_(std::move(device)) {}
+
+  void experts_add(Tensor x, Tensor h, Tensor logits, Routing& routing, const Experts& experts,
+                   const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
+    if (card_->complete(experts.layer)) {
+      const cuda::HeldExperts held(*card_);
+      if (card_->complete(experts.layer))
+        return add_on_card(x, h, logits, routing, card_->layer(experts.layer), shared, k, normalise);
+    }
+    switch (card_->way(experts.layer, x.n_rows)) {
+      case cuda::OffloadWay::processor:
+        return add_with_processor(x, h, logits, routing, experts.layer, shared, k, normalise);
+      case cuda::OffloadWay::copy:
+        return add_with_copies(x, h, logits, routing, experts.layer, shared, k, normalise);
+      default:
+        return add_streamed(x, h, logits, routing, experts.layer, shared, k, normalise);
+    }
+  }
+
+  void experts(Tensor out, Tensor x, const Experts& experts, const Routing& routing) {
+    with_missing(experts.layer, x.n_rows, [&](cuda::ExpertWaves& waves) {
+      cuda::experts_many(
+          device(), scratch_,
+          {.out = out, .x = x, .experts = &card_->layer(experts.layer), .routing = &routing, .waves = &waves});
+    });
+  }
+
+  std::span<const float> host(Tensor row) {
+    processor_->drain();
+    card_->between_passes();  // the card computes the head
+    return CudaBackend::host(row);
+  }
+
+  // After a pass that failed or was cancelled: what was launched goes on to its end, and is of no interest.
+  void give_up() noexcept {
+    try {
+      processor_->drain();
+    } catch (...) {
+    }
+  }
+
+ private:
+  using Pick = ExpertSupply::Pick;
+
+  // With experts->matrices.slots as they are: picks of experts without a slot count for nothing.
+  void add_on_card(Tensor x, Tensor h, Tensor logits, Routing& routing, const cuda::CudaExperts& experts,
+                   const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
+    CudaBackend::experts_add(x, h, logits, routing, experts, shared, k, normalise);
+  }
+
+  // The card goes on at once with what it has; the processor's part is added when it is there.
+  void add_with_processor(Tensor x, Tensor h, Tensor logits, Routing& routing, int layer,
+                          const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
+    processor_->reserve(h.n_rows, k, h.n_cols);
+    cuda::RowExchange& exchange = processor_->exchange();
+    const cuda::CudaExperts& experts = card_->layer(layer);
+    std::uint32_t number = 0;
+    {
+      const cuda::HeldExperts held(*card_);
+      router(routing, logits, k, normalise);
+      number = exchange.send(h, routing, experts.matrices.slots);
+      processor_->take(number, layer, h.n_rows, k, h.n_cols);
+      add_on_card(x, h, logits, routing, experts, shared, k, normalise);
+    }
+    exchange.add_answer(x, number);
+    drain_if_files_can_fail();
+  }
+
+  // Waits to know what is picked, copies that.
+  void add_with_copies(Tensor x, Tensor h, Tensor logits, Routing& routing, int layer,
+                       const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
+    processor_->reserve(h.n_rows, k, h.n_cols);
+    cuda::RowExchange& exchange = processor_->exchange();
+    const cuda::HeldExperts held(*card_);
+    const cuda::CudaExperts& experts = card_->layer(layer);
+    router(routing, logits, k, normalise);
+    const std::uint32_t number = exchange.send(h, routing, experts.matrices.slots);
+    const cuda::RowExchange::Rows rows = processor_->wait_for_rows(number, h.n_rows, k, h.n_cols);
+    counter_.count(rows.ids, static_cast<std::ptrdiff_t>(h.n_rows) * k);
+    card_->picked(layer, counter_.all(), counter_.missed(), h.n_rows);
+    if (counter_.missed().empty()) return add_on_card(x, h, logits, routing, experts, shared, k, normalise);
+
+    const std::lock_guard lock(card_->transit().mutex);
+    Supply supply(*this, layer);
+    cuda::Transit& transit = card_->transit();
+    cuda::SuppliedWaves waves(transit, experts, *supply, counter_.missed(), h.n_rows);
+    if (h.n_rows > cuda::max_few_rows ||
+        counter_.missed().size() > 2 * static_cast<std::size_t>(transit.slots_of_half()))
+      return add_many(x, h, routing, experts, shared, waves);
+    add_on_card(x, h, logits, routing, all_at_once(layer, *supply), shared, k, normalise);
+    transit.used(0), transit.used(1);
+  }
+
+  // The experts on the card and those that are missed, in one table.
+  cuda::CudaExperts all_at_once(int layer, ExpertSupply& supply) {
+    cuda::CudaExperts all = card_->layer(layer);
+    cuda::Transit& transit = card_->transit();
+    const auto most = static_cast<std::size_t>(transit.slots_of_half());
+    int half = 0;
+    const auto bring = [&] {
+      if (!copies_.empty()) all.matrices.slots = transit.bring(half++, all.matrices.slots, all.matrices, copies_);
+      copies_.clear();
+    };
+    supply.begin(counter_.missed(), 1);
+    for (auto wave = supply.next_wave(); wave.begin < wave.end; wave = supply.next_wave()) {
+      for (auto arrived = supply.arrived(); !arrived.empty(); arrived = supply.arrived()) {
+        for (const std::int32_t i : arrived) {
+          copies_.push_back({counter_.missed()[static_cast<std::size_t>(i)].expert, &supply.view(i)});
+          if (copies_.size() == most) bring();
+        }
+      }
+      bring();
+    }
+    return all;
+  }
+
+  void add_streamed(Tensor x, Tensor h, Tensor logits, Routing& routing, int layer,
+                    const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
+    router(routing, logits, k, normalise);
+    cuda::count_picks(device(), routing, card_->counts(layer, h.n_rows));
+    with_missing(layer, h.n_rows,
+                 [&](cuda::ExpertWaves& waves) { add_many(x, h, routing, card_->layer(layer), shared, waves); });
+  }
+
+  // f(waves): all that the layer is missing.
+  template <class F>
+  void with_missing(int layer, int rows, F f) {
+    const std::lock_guard lock(card_->transit().mutex);
+    const cuda::HeldExperts held(*card_);
+    card_->missing(layer, missing_);
+    picks_.clear();
+    for (const std::int32_t id : missing_) picks_.push_back({id, rows});
+    Supply supply(*this, layer);
+    cuda::SuppliedWaves waves(card_->transit(), card_->layer(layer), *supply, picks_, rows);
+    const auto start = std::chrono::steady_clock::now();
+    f(waves);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    double bytes = 0;
+    for (const std::int32_t id : missing_) {
+      const ExpertView& e = card_->views(layer)[static_cast<std::size_t>(id)];
+      bytes += static_cast<double>(e.gate.bytes() + e.up.bytes() + e.down.bytes());
+    }
+    if (bytes > 0) card_->link_took(seconds.count(), bytes);
+  }
+
+  void add_many(Tensor x, Tensor h, const Routing& routing, const cuda::CudaExperts& experts,
+                const SharedExpert<Weight, Tensor>& shared, cuda::ExpertWaves& waves) {
+    constexpr float half_scale = 1.0f / 16;
+    linear(h, {{shared.gate_proj, shared.hidden}, {shared.up_proj, shared.up}});
+    cuda::swiglu(device(), shared.hidden, shared.hidden, shared.up, half_scale);
+    const cuda::ManyOutput down{shared.down_proj.matrix(), shared.y};
+    cuda::linear_many(device(), shared.hidden, {&down, 1}, 1 / half_scale);
+    cuda::experts_many(device(), scratch_,
+                       {.out = x,
+                        .x = h,
+                        .experts = &experts,
+                        .routing = &routing,
+                        .shared = shared.y,
+                        .shared_gate = shared.gate,
+                        .add = true,
+                        .waves = &waves});
+  }
+
+  // Where the missing experts of a layer come from.
+  class Supply {
+   public:
+    Supply(OffloadCudaBackend& be, int layer) : be_(be) {
+      if (be.streamed_)
+        be.streamed_->choose(layer);
+      else
+        be.mapped_.choose(be.card_->views(layer));
+    }
+    ~Supply() {
+      if (be_.streamed_) be_.streamed_->end();
+    }
+    Supply(const Supply&) = delete;
+    ExpertSupply& operator*() const noexcept {
+      return be_.streamed_ ? static_cast<ExpertSupply&>(*be_.streamed_) : be_.mapped_;
+    }
+
+   private:
+    OffloadCudaBackend& be_;
+  };
+
+  // What a supply threw is to be thrown by the pass, whose caller then goes back to the state before it.
+  void drain_if_files_can_fail() {
+    if (streamed_ && !streamed_->complete()) processor_->drain();
+  }
+
+  std::shared_ptr<cuda::CardExperts> card_;
+  std::unique_ptr<cuda::ProcessorExperts> processor_;
+  std::unique_ptr<StreamedExperts> streamed_;
+  ResidentExperts mapped_;
+  cuda::DeviceScratch scratch_;
+  cuda::PickCounter counter_;
+  std::vector<std::int32_t> missing_;
+  std::vector<Pick> picks_;
+  std::vector<cuda::Transit::Expert> copies_;
+};
+
+}  // namespace qwen3next
