@@ -15,7 +15,9 @@ constexpr int batch_segments = 64;
 // ---- One launch for few rows
 // -----------------------------------------------------------------------------------------
 
-constexpr int few_threads = 256, few_columns = 32, few_taps = 4;
+constexpr int few_columns = 32, few_taps = 4;
+constexpr int state_threads = 8 * few_columns;  // then a warp for the columns' own channels, and one for the gates
+constexpr int few_threads = state_threads + 64;
 
 struct FewRows {
   const float* x;      // [T, channels] input of the convolution; its output if taps is null
@@ -28,75 +30,70 @@ struct FewRows {
 };
 
 // A thread block owns `few_columns` rows of the transposed state of a head: 8 lanes a row, in registers.  What its head
-// needs of the convolution it computes itself, as the other blocks of the head do; one of them keeps it.
+// needs of the convolution it computes itself, a channel a thread, as the other blocks of the head do; one of them
+// keeps it.
 //
 // Every sum has an order of its own, whatever the number of rows, and each product is rounded as written here: rows
 // that come together are bit for bit rows that come one by one.
 template <int Dk, int N>
-__global__ void __launch_bounds__(few_threads) few_rows(const FewRows p, const __grid_constant__ DeltaBatch<N> batch) {
-  constexpr int quads = Dk / 32, width = 2 * Dk + few_columns, slots = (width + few_threads - 1) / few_threads;
-  constexpr int window = few_taps - 1;
+__global__ void __launch_bounds__(few_threads, N == 1 ? 1 : FB)
+    few_rows(const FewRows p, const __grid_constant__ DeltaBatch<N> batch) {
+  constexpr int quads = Dk / 32, width = 2 * Dk + few_columns, window = few_taps - 1;
   __shared__ __align__(16) float conv[most_few_rows][width];
   __shared__ float2 gates[most_few_rows];  // beta, exp(g)
 
-  const DeltaRows& d = batch.rows[N == 1 ? 0 : blockIdx.y];
+  DeltaRows d = batch.rows[N == 1 ? 0 : blockIdx.y];
   const int tid = static_cast<int>(threadIdx.x), groups = p.value_dim / few_columns;
   const int head = static_cast<int>(blockIdx.x) / groups, group = static_cast<int>(blockIdx.x) % groups;
   const int ratio = p.value_heads / p.key_heads, key_head = head / ratio;
   const int v = tid / 8, part = tid % 8, C = p.channels;
   const int column = head * p.value_dim + group * few_columns;
-
-  int channel[slots];
-  bool keeper[slots];  // of this channel's window and journal
-#pragma unroll
-  for (int s = 0; s < slots; ++s) {
-    const int c = tid + s * few_threads;
-    channel[s] = c < Dk       ? key_head * Dk + c
-                 : c < 2 * Dk ? (p.key_heads + key_head - 1) * Dk + c
-                              : 2 * p.key_heads * Dk + column + c - 2 * Dk;
-    keeper[s] = c < width && (c >= 2 * Dk || (head % ratio == 0 && group == 0));
-    if (c >= width) channel[s] = -1;
-  }
+  const bool has_state = tid < state_threads, has_channel = tid < 2 * Dk || tid / 32 == state_threads / 32;
+  const int c = tid < 2 * Dk ? tid : tid - state_threads + 2 * Dk;  // of `width`
+  const int channel = c < Dk       ? key_head * Dk + c
+                      : c < 2 * Dk ? (p.key_heads + key_head - 1) * Dk + c
+                                   : 2 * p.key_heads * Dk + column + c - 2 * Dk;
+  const bool keeper = c >= 2 * Dk || (head % ratio == 0 && group == 0);  // of this channel's window and journal
 
   if (p.wait_first) wait_for_predecessor();
+  if (d.turn) d.take_turn();
   float* const S_row = d.S + (static_cast<std::size_t>(column) + static_cast<std::size_t>(v)) * Dk + part * 4;
   float4 S[quads];
+  if (has_state) {
 #pragma unroll
-  for (int j = 0; j < quads; ++j) S[j] = *reinterpret_cast<const float4*>(S_row + j * 32);
+    for (int j = 0; j < quads; ++j) S[j] = *reinterpret_cast<const float4*>(S_row + j * 32);
+  }
   const auto store = [&] {
 #pragma unroll
     for (int j = 0; j < quads; ++j) *reinterpret_cast<float4*>(S_row + j * 32) = S[j];
   };
-
-  float past[slots][window], taps[slots][few_taps];
+  float past[window], taps[few_taps], A = 0, dt_bias = 0;
+  if (has_channel) {
 #pragma unroll
-  for (int s = 0; s < slots; ++s) {
-    if (channel[s] < 0) continue;
-#pragma unroll
-    for (int j = 0; j < window; ++j) past[s][j] = past_input(d, few_taps, C, j, channel[s]);
-    if (p.taps) {
-      const float4 t = *reinterpret_cast<const float4*>(p.taps + channel[s] * few_taps);
-      taps[s][0] = t.x, taps[s][1] = t.y, taps[s][2] = t.z, taps[s][3] = t.w;
-    }
+    for (int j = 0; j < window; ++j) past[j] = past_input(d, few_taps, C, j, channel);
   }
-  float A = 0, dt_bias = 0;
-  if (p.taps) A = p.A[head], dt_bias = p.dt_bias[head];
+  if (p.taps) {
+    if (has_channel) {
+      const float4 t = *reinterpret_cast<const float4*>(p.taps + channel * few_taps);
+      taps[0] = t.x, taps[1] = t.y, taps[2] = t.z, taps[3] = t.w;
+    }
+    A = p.A[head], dt_bias = p.dt_bias[head];
+  }
 
   // With r = 1 / |k|, a = exp(g):  d = beta (v - a r S k),  S' = a S + d r k,  S' q = a S q + d r (k . q).
   // So one pass over S gives all that the update and the output need.
   const auto step = [&](int row) {
     const float* x = conv[row];
-    float4 k[quads];
+    const auto key = [&](int j) { return *reinterpret_cast<const float4*>(x + Dk + j * 32 + part * 4); };
     float sk = 0, sq = 0, kq = 0, kk = 0, qq = 0;
-    const auto add = [&](float s, float key, float query) {
-      sk = __fmaf_rn(s, key, sk), sq = __fmaf_rn(s, query, sq), kq = __fmaf_rn(key, query, kq);
-      kk = __fmaf_rn(key, key, kk), qq = __fmaf_rn(query, query, qq);
+    const auto add = [&](float s, float k, float q) {
+      sk = __fmaf_rn(s, k, sk), sq = __fmaf_rn(s, q, sq), kq = __fmaf_rn(k, q, kq);
+      kk = __fmaf_rn(k, k, kk), qq = __fmaf_rn(q, q, qq);
     };
 #pragma unroll
     for (int j = 0; j < quads; ++j) {
-      const float4 q = *reinterpret_cast<const float4*>(x + j * 32 + part * 4);
-      k[j] = *reinterpret_cast<const float4*>(x + Dk + j * 32 + part * 4);
-      add(S[j].x, k[j].x, q.x), add(S[j].y, k[j].y, q.y), add(S[j].z, k[j].z, q.z), add(S[j].w, k[j].w, q.w);
+      const float4 q = *reinterpret_cast<const float4*>(x + j * 32 + part * 4), k = key(j);
+      add(S[j].x, k.x, q.x), add(S[j].y, k.y, q.y), add(S[j].z, k.z, q.z), add(S[j].w, k.w, q.w);
     }
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) {
@@ -113,41 +110,32 @@ __global__ void __launch_bounds__(few_threads) few_rows(const FewRows p, const _
     const float delta = __fmul_rn(__fmul_rn(beta, __fsub_rn(x[2 * Dk + v], known)), rk);
 #pragma unroll
     for (int j = 0; j < quads; ++j) {
-      S[j].x = __fmaf_rn(delta, k[j].x, __fmul_rn(decay, S[j].x));
-      S[j].y = __fmaf_rn(delta, k[j].y, __fmul_rn(decay, S[j].y));
-      S[j].z = __fmaf_rn(delta, k[j].z, __fmul_rn(decay, S[j].z));
-      S[j].w = __fmaf_rn(delta, k[j].w, __fmul_rn(decay, S[j].w));
+      const float4 k = key(j);
+      S[j].x = __fmaf_rn(delta, k.x, __fmul_rn(decay, S[j].x));
+      S[j].y = __fmaf_rn(delta, k.y, __fmul_rn(decay, S[j].y));
+      S[j].z = __fmaf_rn(delta, k.z, __fmul_rn(decay, S[j].z));
+      S[j].w = __fmaf_rn(delta, k.w, __fmul_rn(decay, S[j].w));
     }
     return __fmul_rn(rq, __fmaf_rn(delta, kq, __fmul_rn(decay, sq)));
   };
 
+  const int gate_row = tid - (few_threads - 32);
   if (d.pending > 0) {
-#pragma unroll
-    for (int s = 0; s < slots; ++s) {
-      for (int row = 0; row < d.pending && channel[s] >= 0; ++row)
-        conv[row][tid + s * few_threads] = Journal::outputs(d.journal, row, C)[channel[s]];
+    if (has_channel) {
+      for (int row = 0; row < d.pending; ++row) conv[row][c] = Journal::outputs(d.journal, row, C)[channel];
     }
-    if (tid < d.pending) {
-      gates[tid] = {Journal::beta(d.journal, tid, C, p.value_heads)[head],
-                    expf(Journal::g(d.journal, tid, C, p.value_heads)[head])};
+    if (gate_row >= 0 && gate_row < d.pending) {
+      gates[gate_row] = {Journal::beta(d.journal, gate_row, C, p.value_heads)[head],
+                         expf(Journal::g(d.journal, gate_row, C, p.value_heads)[head])};
     }
     __syncthreads();
-    for (int row = 0; row < d.pending; ++row) step(row);
+    for (int row = 0; row < d.pending && has_state; ++row) step(row);
     __syncthreads();
   }
 
   if (!p.wait_first) wait_for_predecessor();
   let_successor_start();
 
-  float fresh[slots][most_few_rows];
-#pragma unroll
-  for (int s = 0; s < slots; ++s) {
-#pragma unroll
-    for (int row = 0; row < most_few_rows; ++row) {
-      if (row < d.count && channel[s] >= 0) fresh[s][row] = p.x[(d.begin + row) * p.x_stride + channel[s]];
-    }
-  }
-  const int gate_row = tid - (few_threads - 32);  // the last warp has the fewest channels
   if (gate_row >= 0 && gate_row < d.count) {
     float beta = p.b[(d.begin + gate_row) * p.b_stride + head], g = p.a[(d.begin + gate_row) * p.a_stride + head];
     if (p.taps) beta = sigmoid(beta), g = __fmul_rn(A, softplus(__fadd_rn(g, dt_bias)));
@@ -157,39 +145,44 @@ __global__ void __launch_bounds__(few_threads) few_rows(const FewRows p, const _
       Journal::g(d.next_journal, gate_row, C, p.value_heads)[head] = g;
     }
   }
-  if (d.pending > 0 && (d.next_journal || d.count == 0)) store();
+  if (has_channel) {
+    constexpr int ahead = N == 1 ? most_few_rows : 1;  // rows read at once: a batch has other thread blocks to run
+    const auto input = [&](int row) { return p.x[(d.begin + row) * p.x_stride + channel]; };
+    float fresh[ahead], last[window];  // of the window after the rows
 #pragma unroll
-  for (int s = 0; s < slots; ++s) {
-    if (channel[s] < 0) continue;
-    float last[window];  // after the rows
+    for (int row = 0; row < ahead; ++row) {
+      if (row < d.count) fresh[row] = input(row);
+    }
 #pragma unroll
-    for (int j = 0; j < window; ++j) last[j] = past[s][j];
-#pragma unroll
+    for (int j = 0; j < window; ++j) last[j] = past[j];
+#pragma unroll(ahead)
     for (int row = 0; row < most_few_rows; ++row) {
-      if (row >= d.count) continue;
-      const float x = fresh[s][row];
+      if (row >= d.count) break;
+      const float x = N == 1 || row == 0 ? fresh[N == 1 ? row : 0] : input(row);
       float y = x;
       if (p.taps) {
         float sum = 0;
 #pragma unroll
-        for (int j = 0; j < window; ++j) sum = __fmaf_rn(taps[s][j], last[j], sum);
-        y = silu(__fmaf_rn(taps[s][window], x, sum));
+        for (int j = 0; j < window; ++j) sum = __fmaf_rn(taps[j], last[j], sum);
+        y = silu(__fmaf_rn(taps[window], x, sum));
       }
 #pragma unroll
       for (int j = 0; j + 1 < window; ++j) last[j] = last[j + 1];
       last[window - 1] = x;
-      conv[row][tid + s * few_threads] = y;
-      if (d.next_journal && keeper[s]) {
-        if (p.taps) Journal::inputs(d.next_journal, row, C)[channel[s]] = x;
-        Journal::outputs(d.next_journal, row, C)[channel[s]] = y;
+      conv[row][c] = y;
+      if (d.next_journal && keeper) {
+        if (p.taps) Journal::inputs(d.next_journal, row, C)[channel] = x;
+        Journal::outputs(d.next_journal, row, C)[channel] = y;
       }
     }
-    if (d.next_window && keeper[s]) {
+    if (d.next_window && keeper) {
 #pragma unroll
-      for (int j = 0; j < window; ++j) d.next_window[j * C + channel[s]] = d.next_journal ? past[s][j] : last[j];
+      for (int j = 0; j < window; ++j) d.next_window[j * C + channel] = d.next_journal ? past[j] : last[j];
     }
   }
   __syncthreads();
+  if (!has_state) return;
+  if (d.pending > 0 && (d.next_journal || d.count == 0)) store();
   for (int row = 0; row < d.count; ++row) {
     const float o = step(row);
     if (part == 0) p.out[(d.begin + row) * p.out_stride + column + v] = o;
@@ -383,21 +376,22 @@ bool aligned_to_16(const void* p) noexcept { return reinterpret_cast<std::uintpt
 
 DeltaRows describe(const Segment<CudaDeltaState>& s) {
   CudaDeltaState& state = *s.state;
-  const bool moves = state.accepted() > 0 || (!s.tentative && s.count > 0);
+  if (s.tentative) state.make_journals();
+  const DeltaTurn& now = state.turn();
+  const bool moves = now.accepted > 0 || (!s.tentative && s.count > 0);
   return {state.S(),
-          state.window(),
-          moves ? state.next_window() : nullptr,
-          state.journal(),
-          s.tentative ? state.next_journal() : nullptr,
+          state.window(now.window),
+          moves ? state.window(1 - now.window) : nullptr,
+          state.journal(now.journal),
+          s.tentative ? state.journal(1 - now.journal) : nullptr,
           s.begin,
           s.count,
-          state.accepted()};
-}
-// After the launches that do what `d` says.
-void done(const Segment<CudaDeltaState>& s, const DeltaRows& d) {
-  if (d.next_window) s.state->turn_window();
-  s.state->entered();
-  if (d.next_journal) s.state->turn_journal(s.count);
+          now.accepted,
+          nullptr,
+          state.windows(),
+          state.journals(),
+          state.window_stride(),
+          state.journal_stride()};
 }
 
 void conv_segment(const Device& device, CudaTensor out, CudaTensor x, const float* taps, int K, const DeltaRows& d) {
@@ -448,7 +442,7 @@ FewRows few_parameters(CudaTensor out, CudaTensor x, CudaTensor b, CudaTensor a,
 }  // namespace
 
 void settle(const Device& device, CudaDeltaState& state, DeltaShape shape) {
-  if (state.accepted() > 0) {
+  if (state.turn().accepted > 0) {
     const Segment<CudaDeltaState> nothing_new{0, 0, 0, &state};
     const DeltaRows d = describe(nothing_new);
     if (few_fit(shape)) {
@@ -461,7 +455,7 @@ void settle(const Device& device, CudaDeltaState& state, DeltaShape shape) {
       conv_segment(device, nothing, nothing, nullptr, shape.conv_kernel, d);
       any_segment(device, {}, {}, {}, {}, shape, d);
     }
-    done(nothing_new, d);
+    state.passed(0, false);
   }
   state.settled();
 }
@@ -469,10 +463,10 @@ void settle(const Device& device, CudaDeltaState& state, DeltaShape shape) {
 void causal_conv1d(const Device& device, CudaTensor out, CudaTensor x, const float* taps, int conv_kernel,
                    Deltas segments) {
   for (const Segment<CudaDeltaState>& s : segments) {
-    if (s.state->accepted() > 0) settle(device, *s.state, s.state->shape());
+    if (s.state->turn().accepted > 0) settle(device, *s.state, s.state->shape());
     const DeltaRows d = describe(s);
     conv_segment(device, out, x, taps, conv_kernel, d);
-    if (d.next_window) s.state->turn_window();
+    if (d.next_window) s.state->window_passed();
   }
 }
 
@@ -487,7 +481,7 @@ void delta_gates(const Device& device, CudaTensor beta, CudaTensor g, CudaTensor
 void gated_delta_rule(const Device& device, DeviceScratch& scratch, CudaTensor out, CudaTensor qkv, CudaTensor beta,
                       CudaTensor g, DeltaShape shape, Deltas segments) {
   for (const Segment<CudaDeltaState>& s : segments) {
-    if (s.state->accepted() > 0) settle(device, *s.state, shape);
+    if (s.state->turn().accepted > 0) settle(device, *s.state, shape);
     DeltaRows d = describe(s);
     d.next_window = nullptr;  // causal_conv1d() was there before
     if (s.count > most_few_rows) {
@@ -499,41 +493,40 @@ void gated_delta_rule(const Device& device, DeviceScratch& scratch, CudaTensor o
     } else {
       any_segment(device, out, qkv, beta, g, shape, d);
     }
-    done(s, d);
+    s.state->rule_passed(s.count, s.tentative);
   }
 }
 
 void delta_net(const Device& device, DeviceScratch& scratch, CudaTensor o, const DeltaNetInputs& in, DeltaShape shape,
                Deltas segments) {
   const bool fit = few_fit(shape) && aligned_to_16(in.taps);
+  const auto is_few = [&](const Segment<CudaDeltaState>& s) { return fit && s.count <= most_few_rows; };
   std::vector<DeltaRows> few;
-  for (const Segment<CudaDeltaState>& s : segments) {
-    if (!fit || s.count > most_few_rows) continue;
-    few.push_back(describe(s));
+  for (std::size_t i = 0; i < segments.size(); ++i) {
+    if (!is_few(segments[i])) continue;
+    few.push_back(describe(segments[i]));
+    if (in.turns) few.back().turn = in.turns + i;
   }
   if (!few.empty()) {
     FewRows p = few_parameters(o, in.qkv, in.b, in.a, shape);
     p.taps = in.taps, p.A = in.A, p.dt_bias = in.dt_bias;
     few_segments(device, p, shape, few);
   }
-  std::size_t launched = 0;
-  bool gates = false;
+  if (few.size() < segments.size()) delta_gates(device, in.beta, in.g, in.b, in.a, in.A, in.dt_bias);
   for (const Segment<CudaDeltaState>& s : segments) {
-    if (fit && s.count <= most_few_rows) {
-      done(s, few[launched++]);
-      continue;
+    if (!is_few(s)) {
+      if (s.count > most_few_rows && s.state->turn().accepted > 0) settle(device, *s.state, shape);
+      const DeltaRows d = describe(s);
+      conv_segment(device, in.conv, in.qkv, in.taps, shape.conv_kernel, d);
+      if (s.count > most_few_rows)
+        many_segment(device, scratch, o, in.conv, in.beta, in.g, shape, d);
+      else
+        any_segment(device, o, in.conv, in.beta, in.g, shape, d);
     }
-    if (!gates) delta_gates(device, in.beta, in.g, in.b, in.a, in.A, in.dt_bias);
-    gates = true;
-    if (s.count > most_few_rows && s.state->accepted() > 0) settle(device, *s.state, shape);
-    const DeltaRows d = describe(s);
-    conv_segment(device, in.conv, in.qkv, in.taps, shape.conv_kernel, d);
-    if (s.count > most_few_rows)
-      many_segment(device, scratch, o, in.conv, in.beta, in.g, shape, d);
-    else
-      any_segment(device, o, in.conv, in.beta, in.g, shape, d);
-    done(s, d);
+    if (!in.turns) s.state->passed(s.count, s.tentative);
   }
 }
+
+bool can_record(DeltaShape shape, int rows) noexcept { return few_fit(shape) && rows <= most_few_rows; }
 
 }  // namespace qwen3next::cuda

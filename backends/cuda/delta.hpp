@@ -35,7 +35,13 @@ struct DeltaNetInputs {
   const float *A, *dt_bias;  // [Hv]
   CudaTensor conv;           // [T, channels] scratch
   CudaTensor beta, g;        // [T, Hv] scratch
+
+  // For a pass that is recorded (a CUDA graph) and played again, where can_record(): on the card, of each segment, the
+  // states' DeltaTurn as it is before each pass.  The states are then not told of the pass: whoever plays it calls
+  // passed() on each of them.  Journals must be there (make_journals()) if rows are tentative.
+  const DeltaTurn* turns = nullptr;
 };
+bool can_record(DeltaShape shape, int rows) noexcept;  // a segment's
 void delta_net(const Device& device, DeviceScratch& scratch, CudaTensor o, const DeltaNetInputs& in, DeltaShape shape,
                std::span<const Segment<CudaDeltaState>> segments);
 
