@@ -11,6 +11,7 @@ namespace {
 
 constexpr int most_few_rows = 8;
 constexpr int batch_segments = 64;
+constexpr int batch_blocks = 4;  // that share a multiprocessor
 
 // ---- One launch for few rows
 // -----------------------------------------------------------------------------------------
@@ -36,7 +37,7 @@ struct FewRows {
 // Every sum has an order of its own, whatever the number of rows, and each product is rounded as written here: rows
 // that come together are bit for bit rows that come one by one.
 template <int Dk, int N>
-__global__ void __launch_bounds__(few_threads, N == 1 ? 1 : FB)
+__global__ void __launch_bounds__(few_threads, N == 1 ? 1 : batch_blocks)
     few_rows(const FewRows p, const __grid_constant__ DeltaBatch<N> batch) {
   constexpr int quads = Dk / 32, width = 2 * Dk + few_columns, window = few_taps - 1;
   __shared__ __align__(16) float conv[most_few_rows][width];

@@ -536,10 +536,8 @@ void run_chunks(const Device& device, DeviceScratch& scratch, CudaTensor out, Cu
            dim3(static_cast<unsigned>(shape.value_heads), static_cast<unsigned>((count + chunk - 1) / chunk)), threads,
            sizeof(PrepareShared<Dk>), p, chunks);
     const ScanRows s{S, out.data + begin * out.stride, out.stride, count, shape.value_heads, shape.value_dim};
-#ifndef SKIP_SCAN
     launch(device, scan_chunks<Dk>, static_cast<unsigned>(shape.value_heads * shape.value_dim / scan_columns), threads,
            0, s, chunks);
-#endif
   }
 }
 
