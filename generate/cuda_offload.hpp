@@ -123,6 +123,8 @@ class PlacedExperts final : public cuda::CardExperts {
     statistics_.slots = static_cast<std::uint64_t>(placement_.slots());
   }
 
+  ~PlacedExperts() override { device_->on_full(nullptr); }
+
   static std::uint64_t bytes_of(const ExpertView& e) noexcept { return e.gate.bytes() + e.up.bytes() + e.down.bytes(); }
 
   // Takes the first experts to the card, in the order of the file.  `progress` is told of bytes.
@@ -147,6 +149,7 @@ class PlacedExperts final : public cuda::CardExperts {
       tables[static_cast<std::size_t>(p.key.layer)].push_back({p.key.expert, slots_.slot(p.slot)});
     for (std::size_t i = 0; i < tables.size(); ++i) slots_.set(static_cast<int>(i), tables[i]);
     measure_link();
+    device_->on_full([this] { return give_back(); });
     missed_share_ = 1 - static_cast<double>(placed.size()) / static_cast<double>(statistics_.experts);
   }
 
@@ -279,6 +282,22 @@ class PlacedExperts final : public cuda::CardExperts {
     device_->wait();
     rates_ =
         cuda::OffloadRates(bytes / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+
+  // A session needs more memory than was planned for: it is worth more than the last experts.
+  bool give_back() {
+    const std::lock_guard lock(mutex_);
+    if (holds_ > 0) return false;
+    const cuda::ExpertSlots::Chunk chunk = slots_.last_chunk();
+    const auto in_it = [&](const Moving& m) { return m.slot >= chunk.first && m.slot < chunk.first + chunk.count; };
+    if (chunk.count == 0 || std::ranges::any_of(moving_, in_it)) return false;
+    for (int slot = chunk.first; slot < chunk.first + chunk.count; ++slot) {
+      const ExpertPlacement::Key key = placement_.retire(slot);
+      if (key.layer != ExpertPlacement::none) slots_.set(key.layer, key.expert, nullptr);
+    }
+    slots_.give_back(chunk);
+    statistics_.slots -= static_cast<std::uint64_t>(chunk.count);
+    return true;
   }
 
   void record(int layer, std::span<const ExpertSupply::Pick> picks, int tokens) {

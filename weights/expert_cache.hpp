@@ -103,6 +103,8 @@ class ExpertCache {
   // All that was recorded; not what warm() was given.
   const ExpertProfile& picks() const noexcept { return picks_; }
 
+  // Its score: how many tokens picked it, those of long ago counting less.
+  double picks_of_late(int layer, int expert) const noexcept { return scores_[index(layer, expert)] / gain(); }
   // How often a token picks the expert, by its score.
   double rate(int layer, int expert) const noexcept {
     return every_token_ > 0 ? scores_[index(layer, expert)] / every_token_ : 0;

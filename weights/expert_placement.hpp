@@ -81,7 +81,7 @@ class ExpertPlacement {
         cache_(static_cast<int>(classes.of_layer.size()), classes.experts, classes.of_layer, slots),
         there_(static_cast<std::size_t>(cache_.slots())),
         missing_(classes.of_layer.size(), classes.experts),
-        candidates_(classes.slot_bytes.size()) {}
+        candidates_(classes.slot_bytes.size(), Key{none, none}) {}
 
   int layers() const noexcept { return cache_.layers(); }
   int experts() const noexcept { return cache_.experts(); }
@@ -121,7 +121,8 @@ class ExpertPlacement {
     Key& best = candidates_[static_cast<std::size_t>(classes_.of_layer[static_cast<std::size_t>(layer)])];
     for (const std::int32_t id : ids) {
       if (cache_.slot_of(layer, id) != none) continue;
-      if (best.layer == none || cache_.rate(layer, id) > cache_.rate(best.layer, best.expert)) best = {layer, id};
+      if (best.layer == none || cache_.picks_of_late(layer, id) > cache_.picks_of_late(best.layer, best.expert))
+        best = {layer, id};
     }
   }
 
@@ -135,9 +136,9 @@ class ExpertPlacement {
       const int slot = cache_.least(c);
       if (key.layer == none || slot == none) continue;
       const Key least = cache_.key_of(slot);
-      const double in = cache_.rate(key.layer, key.expert);
-      const double out = least.layer == none ? 0 : cache_.rate(least.layer, least.expert);
-      const double gain = in - 2 * out - (least.layer == none ? 0 : clear_rate);
+      const double in = cache_.picks_of_late(key.layer, key.expert);
+      const double out = least.layer == none ? 0 : cache_.picks_of_late(least.layer, least.expert);
+      const double gain = in - 2 * out - (least.layer == none ? 0 : chance);
       if (gain > most) most = gain, cls = c;
     }
     if (cls == none) return {};
@@ -167,8 +168,7 @@ class ExpertPlacement {
   }
 
  private:
-  // About 8 picks in as many tokens as scores remember.
-  static constexpr double clear_rate = 8 / (ExpertCache::half_life / 0.693);
+  static constexpr double chance = 8;  // picks
 
   SlotClasses classes_;
   ExpertCache cache_;

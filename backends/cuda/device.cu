@@ -36,6 +36,10 @@ std::shared_ptr<Device> Device::open() {
   }
   device->activate();
   check(cudaStreamCreateWithFlags(&device->stream_, cudaStreamNonBlocking), "opening a stream");
+  device->owned_stream_.reset(device->stream_, [](Stream stream) {
+    cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+  });
   // What is given back stays with the process: sessions come and go.
   cudaMemPool_t pool = nullptr;
   check(cudaDeviceGetDefaultMemPool(&pool, 0), "asking for the memory pool");
@@ -44,10 +48,10 @@ std::shared_ptr<Device> Device::open() {
   return device;
 }
 
-Device::~Device() {
-  if (!stream_) return;
-  cudaStreamSynchronize(stream_);
-  cudaStreamDestroy(stream_);
+std::shared_ptr<Device> Device::with_record(LaunchRecord* record) const {
+  std::shared_ptr<Device> device(new Device(*this));
+  device->record_ = record;
+  return device;
 }
 
 void Device::activate() const { check(cudaSetDevice(0), "choosing the GPU"); }
@@ -83,7 +87,11 @@ DeviceBytes::DeviceBytes(std::shared_ptr<Device> device, std::size_t bytes, cons
     : device_(std::move(device)), size_(bytes) {
   if (bytes == 0) return;
   device_->activate();
-  const cudaError_t code = cudaMallocAsync(&data_, bytes, device_->stream());
+  cudaError_t code = cudaMallocAsync(&data_, bytes, device_->stream());
+  while (code == cudaErrorMemoryAllocation && device_->give_back_ && device_->give_back_()) {
+    cudaGetLastError();
+    code = cudaMallocAsync(&data_, bytes, device_->stream());
+  }
   if (code == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     constexpr std::size_t mebi = 1 << 20;

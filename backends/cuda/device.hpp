@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -29,13 +30,14 @@ struct DeviceProperties {
   std::uint64_t memory = 0;                 // bytes
 };
 
+class LaunchRecord;
+
 class Device {
  public:
   // The first card.  Throws Error, saying what is missing, if there is no driver, no card or none that these kernels
   // were compiled for.
   static std::shared_ptr<Device> open();
-  ~Device();
-  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
 
   const DeviceProperties& properties() const noexcept { return properties_; }
   Stream stream() const noexcept { return stream_; }
@@ -48,13 +50,24 @@ class Device {
   void clear(void* at, std::size_t bytes);
   void wait();  // until all work is done; throws Error if some of it failed
 
+  // The same card and stream for one session, which gathers its launches; `record` outlives what is started here.
+  std::shared_ptr<Device> with_record(LaunchRecord* record) const;
+  LaunchRecord* record() const noexcept { return record_; }
+
+  // Called when memory that is asked for does not fit, again and again: gives some back, or returns false.  Null: none.
+  void on_full(std::function<bool()> give_back) { give_back_ = std::move(give_back); }
+
  private:
   Device() = default;
+  Device(const Device&) = default;
   void activate() const;  // for the calling thread
   friend class DeviceBytes;
 
   DeviceProperties properties_;
+  std::shared_ptr<CUstream_st> owned_stream_;
   Stream stream_ = nullptr;
+  LaunchRecord* record_ = nullptr;
+  std::function<bool()> give_back_;
 };
 
 // Owned memory of the card, aligned to 256 bytes.  Given back in the order of the stream.

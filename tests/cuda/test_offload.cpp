@@ -128,17 +128,18 @@ TEST_CASE("host: experts go where they are estimated to be sooner") {
 }
 
 TEST_CASE("host: what a card's memory is planned for") {
-  const SlotClasses classes = small_classes();
+  const std::size_t bytes[] = {100 << 10, 100 << 10, 150 << 10};
+  const SlotClasses classes = SlotClasses::of(bytes, 4);
   const std::uint64_t dense = 1000, session = 2000, fixed = dense + session + detail::card_slack;
-  const CardPlan all = detail::plan_card(fixed + 1400, dense, session, classes, 6);
+  const CardPlan all = detail::plan_card(fixed + (1400 << 10), dense, session, classes, 6);
   CHECK(all.complete());
   CHECK(all.slots == std::vector<int>{8, 4});
-  const std::uint64_t transit = cuda::Transit::bytes(3, 150, 4);
-  const CardPlan some = detail::plan_card(fixed + transit + 700, dense, session, classes, 6);
+  const std::uint64_t transit = cuda::Transit::bytes(3, 150 << 10, 4);
+  const CardPlan some = detail::plan_card(fixed + transit + (350 << 10), dense, session, classes, 6);
   CHECK(!some.complete());
   CHECK(some.transit_slots == 3);
-  CHECK(some.slots == std::vector<int>{4, 2});
-  CHECK(some.text(classes).find("6 of 12 experts") != std::string::npos);
+  CHECK(some.slots == std::vector<int>{2, 1});
+  CHECK(some.text(classes).find("3 of 12 experts") != std::string::npos);
   const CardPlan none = detail::plan_card(fixed + transit, dense, session, classes, 6);
   CHECK(none.slots == std::vector<int>{0, 0});
   CHECK_THROWS_WITH_AS(detail::plan_card(fixed, dense, session, classes, 6), doctest::Contains("--gpu-memory"), Error);
@@ -318,6 +319,27 @@ TEST_CASE("cuda offload: sessions in threads of their own") {
   for (const double error : errors) CHECK(error < 1e-3);
 }
 
+TEST_CASE("cuda offload: where memory runs out, experts make room") {
+  const Checkpoint c = Checkpoint::open(tiny);
+  const Rows whole = all_logits(*on_card(c), c, true);
+  const auto engine = offloaded(c, 0.9, OffloadWay::processor);
+  CHECK(worst(all_logits(*engine, c, true), whole) < 1e-3);
+  const std::uint64_t slots = engine->expert_statistics()->slots;
+  {
+    std::vector<cuda::DeviceBytes> all;
+    const auto take = [&](std::size_t bytes) { all.emplace_back(test::gpu(), bytes, "a test"); };
+    constexpr std::size_t gibi = std::size_t{1} << 30;
+    while (test::gpu()->free_memory() > 2 * gibi) take(gibi);
+    CHECK_THROWS_WITH_AS(
+        [&] {
+          for (;;) take(std::size_t{1} << 20);
+        }(),
+        doctest::Contains("no room for a test"), Error);
+  }
+  CHECK(engine->expert_statistics()->slots < slots);
+  CHECK(worst(all_logits(*engine, c, true), whole) < 1e-3);
+}
+
 TEST_CASE("cuda offload: a budget of the card's memory that is too small, or more than there is") {
   const Checkpoint c = Checkpoint::open(tiny);
   const auto open = [&](std::uint64_t bytes) {
@@ -329,4 +351,89 @@ TEST_CASE("cuda offload: a budget of the card's memory that is too small, or mor
   CHECK_THROWS_WITH_AS(open(1 << 20), doctest::Contains("is too small: dense weights take"), Error);
   CHECK_THROWS_WITH_AS(open(std::uint64_t{1} << 50), doctest::Contains("more than there is"), Error);
   CHECK(!open(std::uint64_t{8} << 30));  // all of it fits
+}
+
+// --- how fast -------------------------------------------------------------------------------------------------------
+
+TEST_CASE("bench: offload: layers of 80B's shape, 45 % of their experts on the card" * doctest::skip()) {
+  constexpr int H = 2048, I = 512, E = 512, k = 10, layers = 16;
+  Config config;
+  config.num_experts_per_tok = k;
+  // Every second layer's down is Q6_K; layers share their bytes.
+  const auto kind = [&](DType down, std::vector<std::byte>& bytes) {
+    const auto at = [&](std::size_t i) { return bytes.data() + i; };
+    const std::size_t gate = I * row_bytes(DType::q4_k, H), last = H * row_bytes(down, I), each = 2 * gate + last;
+    bytes.assign(E * each, std::byte{0x11});
+    ExpertViews views;
+    for (std::size_t e = 0; e < E; ++e) {
+      views.push_back({WeightView::contiguous(at(e * each), DType::q4_k, I, H),
+                       WeightView::contiguous(at(e * each + gate), DType::q4_k, I, H),
+                       WeightView::contiguous(at(e * each + 2 * gate), down, H, I)});
+    }
+    return views;
+  };
+  std::vector<std::byte> memory[2];
+  const ExpertViews views[2] = {kind(DType::q4_k, memory[0]), kind(DType::q6_k, memory[1])};
+  ModelWeights<Views> weights;
+  weights.layers.resize(layers);
+  for (std::size_t i = 0; i < layers; ++i) weights.layers[i].mlp.experts = views[i % 2];
+  const SlotClasses classes = detail::card_classes(weights);
+  CardPlan plan;
+  plan.transit_slots = cuda::max_few_rows * k / 2;
+  plan.slots = classes.slots(static_cast<std::uint64_t>(0.45 * static_cast<double>(classes.all_bytes())));
+  double layer_bytes = 0;
+  for (const auto& v : views) layer_bytes += 0.5 * E * static_cast<double>(detail::PlacedExperts::bytes_of(v[0]));
+
+  CpuOptions cpu = resolve_cpu_options("", 0);
+  cpu.team.emplace(cpu.threads);
+  std::printf("%s, %d threads\n", std::string(cpu.kernels->name).c_str(), cpu.threads);
+  cuda::Uploader uploader(test::gpu());
+  const cuda::CudaWeight gate = uploader.weight(views[0][0].gate), up = uploader.weight(views[0][0].up),
+                         down = uploader.weight(views[0][0].down);
+  uploader.finish();
+
+  for (const OffloadWay way : {OffloadWay::processor, OffloadWay::copy, OffloadWay::stream}) {
+    const auto start = std::chrono::steady_clock::now();
+    auto placed = std::make_shared<detail::PlacedExperts>(test::gpu(), weights, k, classes, plan, way);
+    placed->fill(nullptr, [](std::uint64_t) {});
+    std::printf("filled in %.2f s\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    OffloadCudaBackend be(test::gpu(), KvType::f16, placed, cpu);
+    for (const int T : {1, 4, 64, 512, 2048, 4096}) {
+      if (T > 64 ? way != OffloadWay::stream : way == OffloadWay::stream) continue;
+      const int banks = T == 1 ? 61 : 7;
+      auto x = be.tensor(T, H), h = be.tensor(T, H), logits = be.tensor(banks * T, E), shared_gate = be.tensor(T, 1);
+      auto a = be.tensor(T, I), b = be.tensor(T, I), y = be.tensor(T, H);
+      std::vector<float> values(H);
+      std::uint32_t random = 1;
+      const auto next = [&] { return static_cast<float>((random = random * 1664525 + 1013904223) >> 16) / 65536; };
+      const auto fill = [&](CudaBackend::Tensor t) {
+        for (int r = 0; r < t.n_rows; ++r) {
+          for (int c = 0; c < t.n_cols; ++c) values[static_cast<std::size_t>(c)] = next();
+          be.set_host(t.rows(r, 1), std::span(values).first(static_cast<std::size_t>(t.n_cols)));
+        }
+      };
+      fill(h), fill(logits);
+      auto routing = be.routing(T, k);
+      int bank = 0;
+      const auto pass = [&] {
+        for (int layer = 0; layer < layers; ++layer, bank = (bank + 1) % banks) {
+          be.experts_add(x, h, logits.rows(bank * T, T), routing, {layer}, {gate, up, down, shared_gate, a, b, y}, k,
+                         true);
+        }
+        be.host(x.rows(0, 1));
+      };
+      pass();
+      const int rounds = T == 1 ? 60 : T < 64 ? 20 : 2;
+      const ExpertStatistics before = placed->statistics();
+      const auto begin = std::chrono::steady_clock::now();
+      for (int i = 0; i < rounds; ++i) pass();
+      const double each =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / rounds / layers;
+      const ExpertStatistics after = placed->statistics();
+      const double missed = static_cast<double>(after.misses - before.misses) / rounds / layers;
+      std::printf("way %d, %4d rows: %9.1f us a layer, %6.1f experts missed, %6.1f GB/s of them\n",
+                  static_cast<int>(way), T, each * 1e6, missed,
+                  (way == OffloadWay::stream ? 0.55 * layer_bytes : missed * layer_bytes / E) / each / 1e9);
+    }
+  }
 }
