@@ -14,6 +14,40 @@
 
 namespace qwen3next {
 
+// A pass of few rows is many short operations: a backend may gather them, from begin_pass() to end_pass(), and start
+// them together.
+template <BackendOps B>
+class Pass {
+ public:
+  Pass(B& be, std::span<const SequenceRows<B>> sequences) : be_(be) {
+    if constexpr (gathers) {
+      bool few = sequences.size() <= most_sequences;
+      for (const SequenceRows<B>& s : sequences) few = few && s.count <= few_rows && s.kept.empty();
+      under_way_ = few && be_.begin_pass();
+    }
+  }
+  Pass(const Pass&) = delete;
+  ~Pass() {
+    if constexpr (gathers) {
+      if (under_way_) be_.give_up_pass();
+    }
+  }
+  void end() {
+    if constexpr (gathers) {
+      if (under_way_) be_.end_pass();
+    }
+    under_way_ = false;
+  }
+
+ private:
+  static constexpr bool gathers = requires(B & be) { be.begin_pass(); };
+  static constexpr std::size_t most_sequences = 64;
+  static constexpr int few_rows = 8;
+
+  B& be_;
+  bool under_way_ = false;
+};
+
 // The boxes that follow are written in the operations that every backend has.  Some backends have more of a box as one
 // operation, for fewer passes over memory; it must mean the same, and a test holds it to that.
 
@@ -206,6 +240,7 @@ void forward(B& be, const Config& c, const ModelWeights<B>& w, std::span<const s
   const int T = static_cast<int>(tokens.size());
   auto x = a.x.rows(0, T);
 
+  Pass<B> pass(be, sequences);
   position_angles(be, a, sequences, T);
   be.embed(x, tokens, w.embed_tokens);
   for (int i = 0; i < c.num_hidden_layers; ++i) {
@@ -216,6 +251,7 @@ void forward(B& be, const Config& c, const ModelWeights<B>& w, std::span<const s
     if (after_layer) after_layer(i);
   }
   be.rms_norm(a.h.rows(0, T), x, w.norm, static_cast<float>(c.rms_norm_eps));
+  pass.end();
   for (const SequenceRows<B>& s : sequences) s.state->position += s.count;
 }
 

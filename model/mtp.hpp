@@ -32,9 +32,11 @@ template <BackendOps B>
 void mtp_forward(B& be, const Config& c, const MtpWeights<B>& mtp, std::span<const std::int32_t> next_tokens,
                  typename B::Tensor hidden, std::span<const SequenceRows<B>> sequences, Activations<B>& a) {
   const int T = static_cast<int>(next_tokens.size());
+  Pass<B> pass(be, sequences);
   mtp_input(be, c, mtp, next_tokens, hidden, sequences, a);
   decoder_layer<B>(be, c, mtp.layer, nullptr, a, T);
   be.rms_norm(a.h.rows(0, T), a.x.rows(0, T), mtp.norm, static_cast<float>(c.rms_norm_eps));
+  pass.end();
   for (const SequenceRows<B>& s : sequences) s.state->mtp_position += s.count;
 }
 
@@ -45,6 +47,7 @@ void mtp_feed(B& be, const Config& c, const MtpWeights<B>& mtp, std::span<const 
   const int T = static_cast<int>(next_tokens.size());
   const AttentionWeights<B>& w = *mtp.layer.self_attn;
   const float eps = static_cast<float>(c.rms_norm_eps);
+  Pass<B> pass(be, sequences);
   mtp_input(be, c, mtp, next_tokens, hidden, sequences, a);
   auto h = a.mix.rows(0, T), k = a.k.rows(0, T), v = a.v.rows(0, T);
   be.rms_norm(h, a.x.rows(0, T), mtp.layer.input_layernorm, eps);
@@ -52,6 +55,7 @@ void mtp_feed(B& be, const Config& c, const MtpWeights<B>& mtp, std::span<const 
   be.rms_norm(k, k, w.k_norm, eps);
   be.rope(k, a.angles.rows(0, T), c.head_dim);
   be.append_kv(k, v, attention_shape(c), a.kv_segments);
+  pass.end();
   for (const SequenceRows<B>& s : sequences) s.state->mtp_position += s.count;
 }
 

@@ -23,6 +23,7 @@
 #include "backends/cuda/experts_few.hpp"
 #include "backends/cuda/experts_many.hpp"
 #include "backends/cuda/kv_cache.hpp"
+#include "backends/cuda/launch_record.hpp"
 #include "backends/cuda/linear_few.hpp"
 #include "backends/cuda/linear_many.hpp"
 #include "backends/cuda/router.hpp"
@@ -46,33 +47,40 @@ class CudaBackend {
   static Host host_backend(KvType kv) { return Host({nullptr, 1, kv, {}}); }
 
   CudaBackend(std::shared_ptr<cuda::Device> device, KvType kv)
-      : device_(std::move(device)), kv_(kv), scratch_(device_), ids_(device_) {}
+      : device_(std::move(device)), kv_(kv), scratch_(device_), ids_(shared_device_) {}
 
   Tensor tensor(int rows, int cols) {
     const std::ptrdiff_t stride = (cols + 63) / 64 * 64;
     const std::size_t count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride);
-    memory_.emplace_back(device_, count * (sizeof(float) + sizeof(std::uint16_t)), "activations of a session");
+    memory_.emplace_back(shared_device_, count * (sizeof(float) + sizeof(std::uint16_t)), "activations of a session");
     device_->clear(memory_.back().data(), memory_.back().size());  // products read what lies beyond the columns
     float* data = memory_.back().data<float>();
     return {data, reinterpret_cast<std::uint16_t*>(data + count), rows, cols, stride};
   }
-  Routing routing(int rows, int k) { return Routing(device_, rows, k); }
-  DeltaState delta_state(DeltaShape s) { return DeltaState(device_, s); }
+  Routing routing(int rows, int k) { return Routing(shared_device_, rows, k); }
+  DeltaState delta_state(DeltaShape s) { return DeltaState(shared_device_, s); }
   KvCache kv_cache(AttentionShape s) {
     if (kv_ == KvType::q8_0 && s.head_dim % 32 != 0) {
       throw Error("a q8_0 KV cache needs heads of a multiple of 32 dims, this model's have " +
                   std::to_string(s.head_dim) + ": use f16 or f32");
     }
-    return KvCache(device_, s, kv_);
+    return KvCache(shared_device_, s, kv_);
   }
 
+  // From begin to end, launches are gathered and then started as one graph.
+  bool begin_pass() { return record_->begin(), true; }
+  void end_pass() { record_->end(); }
+  void give_up_pass() noexcept { record_->give_up(); }
+
   std::span<const float> host(Tensor row) {
+    start_gathered();
     const auto n = static_cast<std::size_t>(row.n_cols);
     if (host_row_.size() < n * sizeof(float)) host_row_ = cuda::PinnedBytes(n * sizeof(float));
     device_->copy_to_host(host_row_.data(), row.data, n * sizeof(float));
     return {host_row_.data<float>(), n};
   }
   void set_host(Tensor row, std::span<const float> values) {
+    start_gathered();
     device_->copy_to_device(row.data, values.data(), values.size_bytes());
     cuda::round_to_half(*device_, row);
   }
@@ -80,7 +88,7 @@ class CudaBackend {
 
   void embed(Tensor out, std::span<const std::int32_t> tokens, const Weight& w) {
     auto* ids = ids_.get<std::int32_t>(tokens.size());
-    device_->copy_to_device(ids, tokens.data(), tokens.size_bytes());
+    device_->copy_to_device(ids, tokens.data(), tokens.size_bytes());  // before what is gathered, which reads it
     cuda::expand_rows(*device_, out, ids, w.matrix());
   }
 
@@ -226,6 +234,11 @@ class CudaBackend {
   cuda::Device& device() const noexcept { return *device_; }
 
  private:
+  // What the stream is to do next must come after what was gathered.
+  void start_gathered() {
+    if (record_->gathering()) record_->end(), record_->begin();
+  }
+
   static std::span<const cuda::Product> one(const cuda::Product& p) noexcept { return {&p, 1}; }
 
   static std::span<const cuda::ManyOutput> one_of_many(const cuda::ManyOutput& p) noexcept { return {&p, 1}; }
@@ -250,7 +263,9 @@ class CudaBackend {
     }
   }
 
-  std::shared_ptr<cuda::Device> device_;
+  std::shared_ptr<cuda::Device> shared_device_;  // of states, which may outlive this
+  std::unique_ptr<cuda::LaunchRecord> record_;
+  std::shared_ptr<cuda::Device> device_;  // the same with the record
   KvType kv_;
   std::vector<cuda::DeviceBytes> memory_;
   cuda::DeviceScratch scratch_, ids_;

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include "backends/cuda/launch_record.hpp"
 #include "core/message.hpp"
 
 namespace qwen3next::cuda {
@@ -111,6 +112,13 @@ DeviceBytes DeviceBytes::copy() const {
   DeviceBytes other(device_, size_, "a copy of a session's state");
   device_->copy_on_device(other.data(), data_, size_);
   return other;
+}
+
+void DeviceScratch::grow(std::size_t bytes) {
+  if (LaunchRecord* record = device_->record(); record && record->gathering())
+    record->end(), record->begin();  // what was gathered uses the memory that goes
+  bytes_ = DeviceBytes();
+  bytes_ = DeviceBytes(device_, bytes, "scratch memory of a session");
 }
 
 PinnedBytes::PinnedBytes(std::size_t bytes) : size_(bytes) {

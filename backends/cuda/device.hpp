@@ -127,14 +127,13 @@ class DeviceScratch {
   explicit DeviceScratch(std::shared_ptr<Device> device) : device_(std::move(device)) {}
   template <class T = std::byte>
   T* get(std::size_t count) {
-    if (count * sizeof(T) > bytes_.size()) {
-      bytes_ = DeviceBytes();
-      bytes_ = DeviceBytes(device_, count * sizeof(T), "scratch memory of a session");
-    }
+    if (count * sizeof(T) > bytes_.size()) grow(count * sizeof(T));
     return bytes_.template data<T>();
   }
 
  private:
+  void grow(std::size_t bytes);
+
   std::shared_ptr<Device> device_;
   DeviceBytes bytes_;
 };

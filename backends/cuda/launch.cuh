@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "backends/cuda/device.hpp"
+#include "backends/cuda/launch_record.hpp"
 
 namespace qwen3next::cuda {
 
@@ -28,22 +29,26 @@ __device__ inline void let_successor_start() {
 #endif
 }
 
+// Starts a kernel now.
+void start(const Device& device, const void* kernel, const LaunchShape& shape, void** parameters);
+
+// Starts it, or adds it to the pass that is being gathered (launch_record.hpp).
 template <class... Parameters, class... Arguments>
 void launch(const Device& device, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
             Arguments&&... arguments) {
-  if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "asking for shared memory");
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
-  config.stream = device.stream();
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute, config.numAttrs = device.dependent_launch() ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...),
-        "starting a kernel");
+  const LaunchShape shape{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes};
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  [&](Parameters... values) {
+    LaunchRecord* record = device.record();
+    if (record && record->gathering()) {
+      record->add(address, shape);
+      (__builtin_clear_padding(&values), ...);  // launches are compared byte for byte
+      (record->add_parameter(&values, sizeof values, alignof(Parameters)), ...);
+    } else {
+      void* parameters[] = {const_cast<void*>(static_cast<const void*>(&values))..., nullptr};
+      start(device, address, shape, parameters);
+    }
+  }(static_cast<Parameters>(std::forward<Arguments>(arguments))...);
 }
 
 }  // namespace qwen3next::cuda

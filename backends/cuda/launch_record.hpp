@@ -1,0 +1,80 @@
+#pragma once
+// The launches of a pass, gathered and then handed to the card as one CUDA graph: starting some 300 kernels one by one
+// takes the processor longer than a token takes the card.
+//
+// A graph is used again when a pass gathers the same kernels in the same order; nodes whose sizes or parameters differ
+// in a byte are changed before.  So there is no second description of a pass that could disagree with the first.
+
+#include <cstddef>
+#include <list>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "backends/cuda/device.hpp"
+
+struct CUgraph_st;
+struct CUgraphNode_st;
+struct CUgraphExec_st;
+
+namespace qwen3next::cuda {
+
+struct LaunchShape {
+  unsigned grid[3], block[3];
+  std::size_t shared_bytes;
+  bool operator==(const LaunchShape&) const = default;
+};
+
+class LaunchRecord {
+ public:
+  explicit LaunchRecord(std::shared_ptr<Device> device) : device_(std::move(device)) {}
+  ~LaunchRecord();
+  LaunchRecord(const LaunchRecord&) = delete;
+
+  // From begin() to end() launches are gathered, and only then started.  Copies and other work of the stream are not:
+  // they come before all of them.
+  void begin();
+  void end();
+  void give_up() noexcept;  // instead of end(): forgets them
+  bool gathering() const noexcept { return gathering_; }
+
+  void add(const void* kernel, const LaunchShape& shape);
+  void add_parameter(const void* value, std::size_t size, std::size_t alignment);  // of the last add()
+
+ private:
+  struct Launch {
+    const void* kernel;
+    LaunchShape shape;
+    std::size_t first_parameter, parameters;  // of parameters_
+  };
+  struct Launches {
+    std::vector<Launch> launches;
+    std::vector<std::size_t> parameters;  // where they begin in `bytes`
+    std::vector<std::byte> bytes;
+
+    void clear() noexcept { launches.clear(), parameters.clear(), bytes.clear(); }
+    bool same_kernels(const Launches& other) const noexcept;
+    bool same(std::size_t i, const Launches& other) const noexcept;  // of launch i, given the same kernels
+    std::vector<void*> parameters_of(std::size_t i);
+  };
+  struct Graph {
+    Launches launches;
+    CUgraph_st* graph = nullptr;
+    std::vector<CUgraphNode_st*> nodes;
+    CUgraphExec_st* exec = nullptr;
+  };
+  // Some passes take turns (DeltaNet's windows do): each has a graph that hardly needs to be changed.
+  static constexpr std::size_t most_graphs = 16, few_changes = 40;
+
+  Graph& graph();
+  void make(Graph& graph);
+  static void destroy(Graph& graph) noexcept;
+
+  std::shared_ptr<Device> device_;
+  bool gathering_ = false;
+  Launches launches_;
+  std::list<Graph> graphs_;           // the last used first
+  std::vector<std::size_t> changes_;  // launches that differ from a graph's
+};
+
+}  // namespace qwen3next::cuda
