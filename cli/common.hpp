@@ -120,8 +120,11 @@ inline void add_model_options(CLI::App& command, ModelOptions& o) {
       ->option_text("N")
       ->check(CLI::PositiveNumber)
       ->group("Computing");
-  command.add_option("--gpu-memory", o.gpu_memory, "With --backend cuda: the most GPU memory to take [what is free]")
-      ->option_text("SIZE")
+  command
+      .add_option(
+          "--gpu-memory", o.gpu_memory,
+          "With --backend cuda: the most of the GPU's memory to take; experts that do not fit stay in this machine's")
+      ->option_text("SIZE [what is free]")
       ->group("Computing");
   command.add_flag("-v,--verbose", o.verbose, "Say on stderr what is opened and how");
 }
@@ -225,6 +228,8 @@ inline Backend backend_kind(const ModelOptions& o) {
 inline Model open_model(const ModelOptions& o) {
   const Backend backend = backend_kind(o);
   const auto start = std::chrono::steady_clock::now();
+  std::optional<std::uint64_t> gpu_memory;
+  if (!o.gpu_memory.empty()) gpu_memory = size_in_bytes("--gpu-memory", o.gpu_memory);
   Progress loading("copying weights to the GPU", Progress::Unit::bytes);
   Model model = Model::open(file_path(o.path), {.backend = backend,
                                                 .isa = o.isa,
