@@ -113,21 +113,19 @@ __device__ void route(const RouteMemory& m, const float* logits, int experts, in
 
 // --- gate and up ---------------------------------------------------------------------------------------------------
 
-// Units of one kind: gate, up or both of the picks, or of the shared expert.
-struct Section {
+// Units of one type: of gate, of up or of both, of all picks or of the shared expert.
+struct UpSection {
   DType type;
   bool shared;
-  int units;       // of all picks, or of the shared expert
-  int per_pick;    // of one pick
-  int gate_units;  // of these so many are gate's, the others up's
-  std::size_t gate_at, up_at, unit_bytes;
-  const std::byte *gate, *up;  // of the shared expert
-  float gate_scale, up_scale;  // of the shared expert
-  int gate_begin, up_begin;    // where their values lie among a pick's
-  int gate_rows, up_rows;
+  int strip_bytes, height;
+  int units, per_pick, gate_units;  // of all picks; of one; of these so many are gate's, the others up's
+  const std::byte *gate, *up;       // of the shared expert; where the picks' begin in their slots: gate_at, up_at
+  std::size_t gate_at, up_at;
+  float gate_factor, up_factor;
+  int gate_rows, up_rows, up_begin;  // where up's values begin among a pick's
 };
 struct UpWork {
-  Section sections[4];
+  UpSection sections[4];
   int count, units;
   float* routed;  // [T, k, routed_width]
   float* shared;  // [T, shared_width]
@@ -136,42 +134,48 @@ struct UpWork {
   CudaTensor x, logits;
   Routing routing;
   bool normalise, single;
+  int slot_bytes, depth, split, rounds, rows_at, sums_at, half_floats;
 };
 
-struct UpUnits {
-  const Section* section;
-  const ExpertMatrices* experts;
-  const int* ids;  // of the picks, in shared memory
-  int k;
-  __device__ __forceinline__ Unit operator()(int unit) const {
-    const Section& s = *section;
+struct UpSections {
+  const UpWork& work;
+  const std::byte* const* slots;  // of the picks
+  const int* ids;
+  int begin, end, count;
+
+  __device__ __forceinline__ int before(int section) const {
+    int sum = 0;
+    for (int i = 0; i < section; ++i) sum += work.sections[i].units;
+    return sum;
+  }
+  __device__ __forceinline__ DType type(int i) const { return work.sections[i].type; }
+  __device__ __forceinline__ int strip_bytes(int i) const { return work.sections[i].strip_bytes; }
+  __device__ __forceinline__ int first(int i) const { return max(begin, before(i)) - before(i); }
+  __device__ __forceinline__ int last(int i) const { return min(end, before(i) + work.sections[i].units) - before(i); }
+  __device__ __forceinline__ int columns(int i) const { return work.sections[i].shared ? work.x.n_rows : 1; }
+  __device__ __forceinline__ Unit unit(int section, int unit) const {
+    const UpSection& s = work.sections[section];
     const int pick = s.shared ? 0 : unit / s.per_pick;
     int i = unit - pick * s.per_pick;
     const bool up = i >= s.gate_units;
     if (up) i -= s.gate_units;
-    if (s.shared) return {(up ? s.up : s.gate) + i * s.unit_bytes, -1};
-    return {experts->slot_or_zeros(ids[pick]) + (up ? s.up_at : s.gate_at) + i * s.unit_bytes, pick / k};
+    const std::size_t at =
+        static_cast<std::size_t>(i) * static_cast<std::size_t>(s.strip_bytes * work.experts.gate.strips());
+    if (s.shared) return {(up ? s.up : s.gate) + at, -1};
+    return {slots[pick] + (up ? s.up_at : s.gate_at) + at, pick / work.routing.k};
   }
-};
-struct UpResult {
-  const Section* section;
-  float* to;
-  const float* scales;
-  const int* ids;
-  int width, height;
-  float unit_scale;
-  __device__ __forceinline__ void operator()(int unit, int row, int n, float sum) const {
-    const Section& s = *section;
+  __device__ __forceinline__ void done(int section, int unit, int row, int n, float sum) const {
+    const UpSection& s = work.sections[section];
     const int pick = s.shared ? n : unit / s.per_pick;
     int i = s.shared ? unit : unit - pick * s.per_pick;
     const bool up = i >= s.gate_units;
     if (up) i -= s.gate_units;
-    const int of = i * height + row;
-    if (of >= (up ? s.up_rows : s.gate_rows)) return;
-    float scale = unit_scale;
-    if (s.shared) scale *= up ? s.up_scale : s.gate_scale;
-    if (!s.shared && scales) scale *= scales[3 * ids[pick] + up];
-    to[pick * width + (up ? s.up_begin : s.gate_begin) + of] = sum * scale;
+    i = i * s.height + row;
+    if (i >= (up ? s.up_rows : s.gate_rows)) return;
+    float factor = up ? s.up_factor : s.gate_factor;
+    if (!s.shared && work.experts.scales) factor *= work.experts.scales[3 * ids[pick] + up];
+    float* to = s.shared ? work.shared + pick * work.shared_width : work.routed + pick * work.routed_width;
+    to[(up ? s.up_begin : 0) + i] = sum * factor;
   }
 };
 
@@ -180,77 +184,51 @@ __global__ void __launch_bounds__(256, 2) experts_up_kernel(const __grid_constan
   extern __shared__ uint4 shared_memory[];
   __shared__ int ids[few_rows * max_few_slots];
   __shared__ float weights[few_rows * max_few_slots];
+  __shared__ const std::byte* slots[few_rows * max_few_slots];
   auto* memory = reinterpret_cast<std::byte*>(shared_memory);
   const int strips = work.experts.gate.strips(), warps = static_cast<int>(blockDim.x) / 32, k = work.routing.k;
-  const SharedRows rows(memory, work.x.n_rows, strips, work.single);
-  memory += SharedRows::bytes(work.x.n_rows, strips, work.single);
-  // The sums come after routing.
-  const RouteMemory route_memory(memory, work.experts.count);
-  FewBlock block{rows, reinterpret_cast<float*>(memory), 1, split_of(warps, strips)};
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-
+  const SharedRows rows(memory + work.rows_at, work.x.n_rows, strips, work.single);
+  FewBlock block{rows, reinterpret_cast<float*>(memory + work.sums_at), work.half_floats, work.split, work.rounds};
   const auto share = [&](unsigned b) {
     return static_cast<int>(static_cast<std::int64_t>(work.units) * b / gridDim.x);
   };
-  const int begin = share(blockIdx.x), end = share(blockIdx.x + 1);
+  const UpSections sections{work, slots, ids, share(blockIdx.x), share(blockIdx.x + 1), work.count};
+  const int picks = rows.rows * k;
 
   wait_for_predecessor();
   let_successor_start();
-  for (int n = 0; n < rows.rows; ++n) {
-    for (int i = thread; i < strips * strip_cols / 8; i += threads) {
-      float v[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int c = 8 * i + j;
-        v[j] = c >= work.x.n_cols ? 0.0f
-               : work.single      ? work.x.data[n * work.x.stride + c]
-                                  : __half2float(__ushort_as_half(work.x.half[n * work.x.stride + c]));
-      }
-      rows.store(n, i, v);
-    }
-  }
   if (work.logits.data) {
-    // The rows that this block's picks belong to; the first block computes all, to be written.
-    int first = work.units, last = -1, before = 0;
-    for (int i = 0; i < work.count; before += work.sections[i++].units) {
-      const Section& s = work.sections[i];
-      if (s.shared) continue;
-      const int from = max(begin, before) - before, to = min(end, before + s.units) - before;
-      if (from >= to) continue;
+    // The rows that this block's picks belong to; who has a row's first unit writes its routing.
+    int first = rows.rows, last = -1;
+    for (int i = 0; i < work.count; ++i) {
+      const UpSection& s = work.sections[i];
+      const int from = sections.first(i), to = sections.last(i);
+      if (s.shared || from >= to) continue;
       first = min(first, from / s.per_pick / k), last = max(last, (to - 1) / s.per_pick / k);
     }
-    if (blockIdx.x == 0) first = 0, last = rows.rows - 1;
-    for (int n = first; n <= last; ++n) {
-      route(route_memory, work.logits.data + n * work.logits.stride, work.experts.count, k, work.normalise, ids + n * k,
-            weights + n * k);
+    for (int n = first; n <= last; ++n) {  // in memory that the ring does not use yet
+      route(RouteMemory(memory, work.experts.count), work.logits.data + n * work.logits.stride, work.experts.count, k,
+            work.normalise, ids + n * k, weights + n * k);
+      const int row_begin = n * k * work.sections[0].per_pick;
+      if (row_begin < sections.begin || row_begin >= sections.end || thread >= k) continue;
+      work.routing.ids[n * k + thread] = ids[n * k + thread];
+      work.routing.weights[n * k + thread] = weights[n * k + thread];
     }
-    if (blockIdx.x == 0) {
-      for (int i = thread; i < rows.rows * k; i += threads) {
-        work.routing.ids[i] = ids[i], work.routing.weights[i] = weights[i];
-      }
-    }
+    for (int i = first * k + thread; i < (last + 1) * k; i += threads) slots[i] = work.experts.slots[ids[i]];
   } else {
-    for (int i = thread; i < rows.rows * k; i += threads) ids[i] = work.routing.ids[i];
+    for (int i = thread; i < picks; i += threads) {
+      ids[i] = work.routing.ids[i], slots[i] = work.experts.slots[ids[i]];
+    }
   }
   __syncthreads();
 
-  for (int i = 0, before = 0; i < work.count; before += work.sections[i++].units) {
-    const Section& s = work.sections[i];
-    const int first = max(begin, before) - before, last = min(end, before + s.units) - before;
-    if (first >= last) continue;
-    block.columns = s.shared ? rows.rows : 1;
-    const UpUnits at{&s, &work.experts, ids, k};
-    const UpResult done{&s,
-                        s.shared ? work.shared : work.routed,
-                        work.experts.scales,
-                        ids,
-                        s.shared ? work.shared_width : work.routed_width,
-                        unit_rows(s.type),
-                        s.type == DType::f32 ? 1.0f : strip_unit(s.type)};
-    multiply_units<all_types>(
-        s.type, block, first, last, at, [] {}, done);
-    __syncthreads();  // the sums are read
-  }
+  StripRing ring(memory, work.slot_bytes, work.depth, thread / 32);
+  StripCursor cursor(sections, block, thread / 32, warps);
+  ring.fill(cursor, thread % 32);
+  for (int n = 0; n < rows.rows; ++n) prepare_plain_row(rows, work.x, n);
+  __syncthreads();
+  multiply_sections<all_types>(sections, block, ring, cursor);
 }
 
 // --- SwiGLU and down -----------------------------------------------------------------------------------------------
@@ -265,35 +243,43 @@ struct DownWork {
   int routed_width, shared_width, up_begin, shared_up_begin;
   int strips;  // of the wider of the two
   int slots;   // k, or with the shared expert k + 1
+  float factor, shared_factor;
   bool normalise, single;
+  int slot_bytes, depth, rows_at, strip_bytes, shared_strip_bytes;
 };
 
 constexpr float down_unit = 16;  // SwiGLU's values are kept as f16 of a sixteenth
 
-template <DType type, class Ready>
-__device__ __forceinline__ void down_tile(const std::byte* tile, int strips, const SharedRows& rows, int slot, int lane,
-                                          Ready&& ready, float* sums) {
-  StripOf<type> next;
-  load(next, tile, lane);
-  ready();
-  float acc[4] = {};
-  for (int s = 0; s < strips; ++s) {
-    const StripOf<type> x = next;
-    if (s + 1 < strips) load(next, tile + (s + 1) * strip_layout(type).bytes, lane);
-    StripInput in;
-    rows.load(in, slot, s, lane);
-    strip_product(x, in, acc);
+// The strips of 16 rows, one behind the other.
+struct TileCursor {
+  const std::byte* at;
+  int left, strip_bytes;
+  __device__ __forceinline__ bool next(const std::byte*& from, int& bytes, int& row_bytes) {
+    if (left == 0) return false;
+    from = at, bytes = strip_bytes, row_bytes = 0;
+    at += strip_bytes, --left;
+    return true;
   }
-  store_sums<type>(sums, acc, 1, lane);
+};
+
+// sums [16] = the tile times row `slot`.
+template <DType type>
+__device__ __forceinline__ void down_tile(StripRing& ring, TileCursor& cursor, int strips, const SharedRows& rows,
+                                          int slot, int lane, float* sums) {
+  UnitProduct<type> product;
+  product.clear();
+  for (int s = 0; s < strips; ++s) {
+    product.add(ring.take(), rows, s, slot, 1, lane, [&] { ring.ask(cursor, lane); });
+  }
+  product.store(sums, 1, lane);
 }
 template <DType type>
-__device__ __noinline__ void down_tile_apart(const std::byte* tile, int strips, SharedRows rows, int slot, int lane,
-                                             float* sums) {
-  down_tile<type>(
-      tile, strips, rows, slot, lane, [] {}, sums);
+__device__ __noinline__ void down_tile_apart(StripRing& ring, TileCursor& cursor, int strips, const SharedRows& rows,
+                                             int slot, int lane, float* sums) {
+  down_tile<type>(ring, cursor, strips, rows, slot, lane, sums);
 }
-__device__ __noinline__ void down_tile_f32(const std::byte* tile, int strips, SharedRows rows, int slot, int lane,
-                                           float* sums) {
+__device__ __noinline__ void down_tile_f32(const std::byte* tile, int strips, const SharedRows& rows, int slot,
+                                           int lane, float* sums) {
   const int columns = strips * strip_cols;
   const float* x = rows.single + slot * rows.strips * strip_cols;
   for (int i = 0; i < strip_rows; ++i) {
@@ -315,106 +301,102 @@ __global__ void __launch_bounds__(32 * (max_few_slots + 1), 1)
   auto* memory = reinterpret_cast<std::byte*>(shared_memory);
   const int k = work.routing.k, t = static_cast<int>(blockIdx.y), tile = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, slot = thread / 32;
-  const SharedRows rows(memory, work.slots, work.strips, work.single);
-  memory += SharedRows::bytes(work.slots, work.strips, work.single);
+  const SharedRows rows(memory + work.rows_at, work.slots, work.strips, work.single);
   const bool shared = slot == k;
 
-  if (work.logits.data) {  // two launches old, so it can be read before waiting
+  if (work.logits
+          .data) {  // two launches old, so it can be read before waiting; in memory that the ring does not use yet
     route(RouteMemory(memory, work.experts.count), work.logits.data + t * work.logits.stride, work.experts.count, k,
           work.normalise, ids, weights);
   } else {
     wait_for_predecessor();
-    if (thread < k)
+    if (thread < k) {
       ids[thread] = work.routing.ids[t * k + thread], weights[thread] = work.routing.weights[t * k + thread];
+    }
     __syncthreads();
   }
 
-  const Matrix& w = shared ? work.shared_down : work.experts.down;
-  const int strips = w.strips();
-  const std::byte* base = shared ? w.data : work.experts.slot_or_zeros(ids[slot]) + work.experts.down_at;
-  const std::byte* from =
-      base + static_cast<std::size_t>(tile) * static_cast<std::size_t>(strips * strip_layout(w.type).bytes);
-  const auto ready = [&] {
-    for (int i = strip_layout(w.type).bytes + lane * 128; i < strips * strip_layout(w.type).bytes; i += 32 * 128) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
-    }
-    wait_for_predecessor();
-    let_successor_start();
-    const int width = w.cols;
-    const float* gate = shared ? work.shared + t * work.shared_width : work.routed + (t * k + slot) * work.routed_width;
-    const float* up = gate + (shared ? work.shared_up_begin : work.up_begin);
-    for (int i = lane; i < work.strips * strip_cols / 8; i += 32) {
-      float v[8];
+  const DType type = shared ? work.shared_down.type : work.experts.down.type;
+  const int width = shared ? work.shared_down.cols : work.experts.down.cols;
+  const int strips = (width + strip_cols - 1) / strip_cols;
+  const int strip_bytes = shared ? work.shared_strip_bytes : work.strip_bytes;
+  const std::byte* from = shared ? work.shared_down.data : work.experts.slots[ids[slot]] + work.experts.down_at;
+  from += static_cast<std::size_t>(tile) * static_cast<std::size_t>(strips * strip_bytes);
+  StripRing ring(memory, work.slot_bytes, work.depth, slot);
+  TileCursor cursor{from, type == DType::f32 ? 0 : strips, strip_bytes};
+  ring.fill(cursor, lane);
+  wait_for_predecessor();
+  let_successor_start();
+  const float* gate = shared ? work.shared + t * work.shared_width : work.routed + (t * k + slot) * work.routed_width;
+  const float* up = gate + (shared ? work.shared_up_begin : work.up_begin);
+  for (int i = lane; i < work.strips * strip_cols / 8; i += 32) {
+    float v[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int c = 8 * i + j;
-        v[j] = c < width ? silu(gate[c]) * up[c] * (1 / down_unit) : 0.0f;
-      }
-      rows.store(slot, i, v);
+    for (int j = 0; j < 8; ++j) {
+      const int c = 8 * i + j;
+      v[j] = c < width ? silu(gate[c]) * up[c] * (1 / down_unit) : 0.0f;
     }
-    __syncwarp();
-  };
-  if (w.type == DType::q4_k) {
-    down_tile<DType::q4_k>(from, strips, rows, slot, lane, ready, sums[slot]);
-  } else if (w.type == DType::q6_k) {
-    down_tile<DType::q6_k>(from, strips, rows, slot, lane, ready, sums[slot]);
-  } else {
-    ready();
-    if (w.type == DType::f32) down_tile_f32(from, strips, rows, slot, lane, sums[slot]);
-    if constexpr (all_types) {
-      switch (w.type) {
-#define QWEN3NEXT_CASE(name)                                                  \
-  case DType::name:                                                           \
-    down_tile_apart<DType::name>(from, strips, rows, slot, lane, sums[slot]); \
+    rows.store(slot, i, v);
+  }
+  __syncwarp();
+  if (type == DType::q4_k) {
+    down_tile<DType::q4_k>(ring, cursor, strips, rows, slot, lane, sums[slot]);
+  } else if (type == DType::q6_k) {
+    down_tile<DType::q6_k>(ring, cursor, strips, rows, slot, lane, sums[slot]);
+  } else if (type == DType::f32) {
+    down_tile_f32(from, strips, rows, slot, lane, sums[slot]);
+  } else if constexpr (all_types) {
+    switch (type) {
+#define QWEN3NEXT_CASE(name)                                                          \
+  case DType::name:                                                                   \
+    down_tile_apart<DType::name>(ring, cursor, strips, rows, slot, lane, sums[slot]); \
     break;
-        QWEN3NEXT_CASE(f16)
-        QWEN3NEXT_CASE(bf16)
-        QWEN3NEXT_CASE(f8_e4m3)
-        QWEN3NEXT_CASE(q4_0)
-        QWEN3NEXT_CASE(q4_1)
-        QWEN3NEXT_CASE(q5_0)
-        QWEN3NEXT_CASE(q5_1)
-        QWEN3NEXT_CASE(q8_0)
-        QWEN3NEXT_CASE(q2_k)
-        QWEN3NEXT_CASE(q3_k)
-        QWEN3NEXT_CASE(q5_k)
-        QWEN3NEXT_CASE(iq4_nl)
-        QWEN3NEXT_CASE(iq4_xs)
-        QWEN3NEXT_CASE(mxfp4)
-        QWEN3NEXT_CASE(nvfp4)
+      QWEN3NEXT_CASE(f16)
+      QWEN3NEXT_CASE(bf16)
+      QWEN3NEXT_CASE(f8_e4m3)
+      QWEN3NEXT_CASE(q4_0)
+      QWEN3NEXT_CASE(q4_1)
+      QWEN3NEXT_CASE(q5_0)
+      QWEN3NEXT_CASE(q5_1)
+      QWEN3NEXT_CASE(q8_0)
+      QWEN3NEXT_CASE(q2_k)
+      QWEN3NEXT_CASE(q3_k)
+      QWEN3NEXT_CASE(q5_k)
+      QWEN3NEXT_CASE(iq4_nl)
+      QWEN3NEXT_CASE(iq4_xs)
+      QWEN3NEXT_CASE(mxfp4)
+      QWEN3NEXT_CASE(nvfp4)
 #undef QWEN3NEXT_CASE
-        default:
-          break;  // done above
-      }
+      default:
+        break;  // done above
     }
   }
   __syncthreads();
   const int row = tile * strip_rows + thread;
   if (thread >= strip_rows || row >= work.experts.down.rows) return;
-  float unit = down_unit * (work.experts.down.type == DType::f32 ? 1.0f : strip_unit(work.experts.down.type));
   float mix = 0;
   for (int i = 0; i < k; ++i) {
-    const float scale = work.experts.scales ? unit * work.experts.scales[3 * ids[i] + 2] : unit;
-    mix = fmaf(weights[i], sums[i][thread] * scale, mix);
+    const float factor = work.experts.scales ? work.factor * work.experts.scales[3 * ids[i] + 2] : work.factor;
+    mix = fmaf(weights[i], sums[i][thread] * factor, mix);
   }
   if (work.slots > k) {
-    const Matrix& s = work.shared_down;
-    unit = down_unit * s.scale * (s.type == DType::f32 ? 1.0f : strip_unit(s.type));
-    mix = fmaf(sigmoid(work.shared_logit.data[t * work.shared_logit.stride]), sums[k][thread] * unit, mix);
+    const float gate = sigmoid(work.shared_logit.data[t * work.shared_logit.stride]);
+    mix = fmaf(gate, sums[k][thread] * work.shared_factor, mix);
   }
   if (work.out.data) work.out.data[t * work.out.stride + row] = mix;
   if (work.residual.data) work.residual.data[t * work.residual.stride + row] += mix;
 }
 
-Section section_of(const Matrix& gate, const Matrix& up, bool with_gate, bool with_up, int up_begin) {
-  Section s{};
+float factor_of(const Matrix& m) { return m.scale * (m.type == DType::f32 ? 1.0f : strip_unit(m.type)); }
+
+UpSection section_of(const Matrix& gate, const Matrix& up, bool with_gate, bool with_up) {
+  UpSection s{};
   s.type = with_gate ? gate.type : up.type;
+  s.strip_bytes = bytes_on_the_way(s.type), s.height = unit_rows(s.type);
   s.gate_units = with_gate ? units_of(gate) : 0;
   s.per_pick = s.gate_units + (with_up ? units_of(up) : 0);
-  s.unit_bytes = static_cast<std::size_t>(gate.strips()) * static_cast<std::size_t>(strip_layout(s.type).bytes) /
-                 static_cast<std::size_t>(strip_rows / unit_rows(s.type));
-  s.gate = gate.data, s.up = up.data, s.gate_scale = gate.scale, s.up_scale = up.scale;
-  s.gate_rows = gate.rows, s.up_rows = up.rows, s.up_begin = up_begin;
+  s.gate = gate.data, s.up = up.data, s.gate_factor = factor_of(gate), s.up_factor = factor_of(up);
+  s.gate_rows = gate.rows, s.up_rows = up.rows, s.up_begin = gate.rows;
   return s;
 }
 
@@ -426,6 +408,7 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
   assert(T <= few_rows && k <= max_few_slots && m.count <= max_few_experts);
   if (T == 0) return;
   const bool with_shared = e.shared_logit.data != nullptr;
+  const auto limit = static_cast<int>(device.properties().shared_memory_per_block) - 4096;
 
   UpWork up{};
   up.experts = m, up.x = e.x, up.logits = e.logits, up.routing = e.routing, up.normalise = e.normalise;
@@ -434,44 +417,74 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
   up.routed = scratch.get<float>(static_cast<std::size_t>(T * (k * up.routed_width + up.shared_width)));
   up.shared = up.routed + T * k * up.routed_width;
   bool all_types = false;
+  const auto add_section = [&](UpSection s, bool shared) {
+    s.shared = shared, s.units = (shared ? 1 : T * k) * s.per_pick;
+    s.up_at = m.up_at;
+    up.units += s.units, up.single |= s.type == DType::f32, all_types |= !usual(s.type);
+    up.slot_bytes = std::max(up.slot_bytes, s.strip_bytes);
+    up.sections[up.count++] = s;
+  };
   const auto add = [&](const Matrix& gate, const Matrix& up_matrix, bool shared) {
-    const auto add_section = [&](bool with_gate, bool with_up) {
-      Section s = section_of(gate, up_matrix, with_gate, with_up, gate.rows);
-      s.shared = shared, s.units = (shared ? 1 : T * k) * s.per_pick;
-      s.gate_at = 0, s.up_at = m.up_at;
-      up.units += s.units, up.single |= s.type == DType::f32, all_types |= !usual(s.type);
-      up.sections[up.count++] = s;
-    };
-    if (gate.type == up_matrix.type) return add_section(true, true);
-    add_section(true, false), add_section(false, true);
+    if (gate.type == up_matrix.type) return add_section(section_of(gate, up_matrix, true, true), shared);
+    add_section(section_of(gate, up_matrix, true, false), shared);
+    add_section(section_of(gate, up_matrix, false, true), shared);
   };
   add(m.gate, m.up, false);
   if (with_shared) add(e.shared_gate, e.shared_up, true);
 
-  constexpr int warps = 8;
+  int warps = 8;
+  const int strips = m.gate.strips(), route_bytes = RouteMemory::bytes(m.count);
+  const auto lay_out = [&](int rows) {
+    up.split = split_of(warps, strips), up.rounds = 2;
+    up.half_floats = FewBlock::sum_bytes(warps, up.rounds, rows) / 8;
+    const int row_bytes = SharedRows::bytes(rows, strips, up.single), rest = row_bytes + 8 * up.half_floats;
+    up.depth = std::clamp((limit / 2 - rest) / (warps * up.slot_bytes), 1, most_depth);
+    up.rows_at = std::max(up.depth * warps * up.slot_bytes, route_bytes);
+    up.sums_at = up.rows_at + row_bytes;
+    return up.sums_at + 8 * up.half_floats;
+  };
+  // How k is split must not depend on the number of rows, which is split instead if need be.
+  while (lay_out(1) > limit && warps > 1) warps /= 2;
+  if (lay_out(T) > limit && T > 1) {
+    for (int begin = 0, half = (T + 1) / 2; begin < T; begin += half) {
+      const int n = std::min(half, T - begin);
+      const auto part = [&](CudaTensor t) { return t.data ? t.rows(begin, n) : t; };
+      ExpertsFew rows = e;
+      rows.out = part(e.out), rows.residual = part(e.residual), rows.x = part(e.x), rows.logits = part(e.logits);
+      rows.shared_logit = part(e.shared_logit), rows.routing = e.routing.slice(begin, n);
+      experts_few(device, scratch, rows);
+    }
+    return;
+  }
   const int blocks = std::min(up.units, 2 * device.properties().multiprocessors);
-  const int strips = m.gate.strips();
-  const int after = std::max(FewBlock::sum_bytes(warps, T), RouteMemory::bytes(m.count));
   launch(device, all_types ? experts_up_kernel<true> : experts_up_kernel<false>, dim3(static_cast<unsigned>(blocks)),
-         dim3(32 * warps), static_cast<std::size_t>(SharedRows::bytes(T, strips, up.single) + after), up);
+         dim3(static_cast<unsigned>(32 * warps)), static_cast<std::size_t>(lay_out(T)), up);
 
   DownWork down{};
   down.experts = m, down.out = e.out, down.residual = e.residual, down.logits = e.logits, down.routing = e.routing;
   down.routed = up.routed, down.shared = up.shared;
   down.routed_width = up.routed_width, down.shared_width = up.shared_width, down.up_begin = m.gate.rows;
   down.normalise = e.normalise, down.strips = m.down.strips(), down.slots = k;
+  down.factor = down_unit * factor_of(m.down), down.strip_bytes = strip_layout(m.down.type).bytes;
   down.single = m.down.type == DType::f32;
   all_types = !usual(m.down.type);
   if (with_shared) {
-    down.shared_down = e.shared_down, down.shared_logit = e.shared_logit, down.shared_up_begin = e.shared_gate.rows;
-    down.strips = std::max(down.strips, e.shared_down.strips()), ++down.slots;
-    down.single |= e.shared_down.type == DType::f32, all_types |= !usual(e.shared_down.type);
+    const Matrix& s = e.shared_down;
+    down.shared_down = s, down.shared_logit = e.shared_logit, down.shared_up_begin = e.shared_gate.rows;
+    down.strips = std::max(down.strips, s.strips()), ++down.slots;
+    down.shared_factor = down_unit * factor_of(s), down.shared_strip_bytes = strip_layout(s.type).bytes;
+    down.single |= s.type == DType::f32, all_types |= !usual(s.type);
   }
-  const std::size_t shared =
-      static_cast<std::size_t>(SharedRows::bytes(down.slots, down.strips, down.single) + RouteMemory::bytes(m.count));
+  for (const DType type : {m.down.type, with_shared ? e.shared_down.type : m.down.type}) {
+    if (type != DType::f32) down.slot_bytes = std::max(down.slot_bytes, strip_layout(type).bytes);
+  }
+  const int row_bytes = SharedRows::bytes(down.slots, down.strips, down.single);
+  const int slot_bytes = std::max(1, down.slots * down.slot_bytes);
+  down.depth = std::clamp((limit - row_bytes) / slot_bytes, 1, std::min(most_depth, down.strips));
+  down.rows_at = std::max(down.depth * down.slots * down.slot_bytes, route_bytes);
   launch(device, all_types ? experts_down_kernel<true> : experts_down_kernel<false>,
          dim3(static_cast<unsigned>(m.down.row_tiles()), static_cast<unsigned>(T)),
-         dim3(static_cast<unsigned>(32 * down.slots)), shared, down);
+         dim3(static_cast<unsigned>(32 * down.slots)), static_cast<std::size_t>(down.rows_at + row_bytes), down);
 }
 
 }  // namespace qwen3next::cuda

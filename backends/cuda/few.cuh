@@ -18,7 +18,7 @@ namespace qwen3next::cuda {
 
 inline constexpr int few_rows = 8;  // an n8 tile
 inline constexpr int f32_unit_rows = 4;
-inline constexpr int few_rounds = 4;  // units of a warp between two barriers
+inline constexpr int most_depth = 4;  // strips that a warp has asked for
 
 __host__ __device__ constexpr int unit_rows(DType type) { return type == DType::f32 ? f32_unit_rows : strip_rows; }
 __host__ __device__ inline int units_of(const Matrix& m) {
@@ -34,6 +34,8 @@ __host__ __device__ inline int split_of(int warps, int strips) {
 
 // For f16; a NaN stays one.
 __device__ __forceinline__ float saturated(float v) { return v > 65504 ? 65504 : v < -65504 ? -65504 : v; }
+
+__device__ __forceinline__ float half_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
 // Rows of activations in shared memory.
 struct SharedRows {
@@ -93,158 +95,280 @@ struct SharedRows {
   }
 };
 
-// A unit: where its strips begin, which rows it is multiplied with (all, or one), whether there is more of it.
+// Rows as they are: x.half, or x.data if f32 is wanted too.
+__device__ __forceinline__ void prepare_plain_row(const SharedRows& to, const CudaTensor& x, int n) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int chunks = to.strips * strip_cols / 8;
+  const std::ptrdiff_t row = n * x.stride;
+  const bool whole = x.n_cols % 8 == 0 && reinterpret_cast<std::uintptr_t>(x.half + row) % 16 == 0;
+  for (int i = thread; i < chunks; i += threads) {
+    if (whole && !to.single) {
+      uint4 bits = make_uint4(0, 0, 0, 0);
+      if (8 * i < x.n_cols) bits = *reinterpret_cast<const uint4*>(x.half + row + 8 * i);
+      float sum = 0;
+      const auto* pair = reinterpret_cast<const __half2*>(&bits);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 two = __half22float2(pair[k]);
+        sum += two.x + two.y;
+      }
+      to.store_bits(n, i, bits, sum);
+      continue;
+    }
+    float v[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const int c = 8 * i + k;
+      v[k] = c >= x.n_cols ? 0.0f : to.single ? x.data[row + c] : half_to_float(x.half[row + c]);
+    }
+    to.store(n, i, v);
+  }
+}
+
+// 16 rows of a matrix (4 of an f32 one): where they begin, and the row of activations that they are multiplied with.
 struct Unit {
   const std::byte* data;
-  int row;  // of the activations; -1: all
+  int row;  // -1: all
 };
 
+// A warp's share of shared memory for weights on their way: strips are asked for `depth` ahead, whatever their type.
+class StripRing {
+ public:
+  __device__ StripRing(std::byte* at, int slot_bytes, int depth, int warp)
+      : slots_(at + warp * depth * slot_bytes), slot_bytes_(slot_bytes), depth_(depth) {}
+
+  template <class Cursor>
+  __device__ __forceinline__ void fill(Cursor& cursor, int lane) {
+    for (int i = 0; i < depth_; ++i) ask(cursor, lane);
+  }
+
+  // Asks for what `cursor` has next; to be called also when there is nothing more.
+  template <class Cursor>
+  __device__ __forceinline__ void ask(Cursor& cursor, int lane) {
+    const std::byte* from;
+    int bytes, row_bytes;
+    if (cursor.next(from, bytes, row_bytes)) {
+      const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(slots_ + put_ * slot_bytes_));
+      if (row_bytes == 0) {
+#pragma unroll 4
+        for (int i = lane * 16; i < bytes; i += 512) copy(to + i, from + i);
+      } else {  // four rows of f32
+#pragma unroll
+        for (int i = 0; i < 8; ++i) copy(to + i * 512 + lane * 16, from + i / 2 * row_bytes + i % 2 * 512 + lane * 16);
+      }
+    }
+    asm volatile("cp.async.commit_group;");
+    put_ = put_ + 1 == depth_ ? 0 : put_ + 1;
+  }
+  // The oldest strip that was asked for, once it is there; all lanes must have read it before the next ask().
+  __device__ __forceinline__ const std::byte* take() {
+    if (depth_ == 1) asm volatile("cp.async.wait_group 0;" ::: "memory");
+    if (depth_ == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
+    if (depth_ == 3) asm volatile("cp.async.wait_group 2;" ::: "memory");
+    if (depth_ == most_depth) asm volatile("cp.async.wait_group 3;" ::: "memory");
+    __syncwarp();
+    const std::byte* slot = slots_ + get_ * slot_bytes_;
+    get_ = get_ + 1 == depth_ ? 0 : get_ + 1;
+    return slot;
+  }
+
+ private:
+  __device__ __forceinline__ static void copy(std::uint32_t to, const std::byte* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+  }
+  std::byte* slots_;
+  int slot_bytes_, depth_, put_ = 0, get_ = 0;
+};
+
+// What a thread block multiplies.  `Sections` has sections of units of one type:
+//   int count;  DType type(i);  int strip_bytes(i);  int first(i), last(i);  Unit unit(i, unit);
+//   int columns(i): rows of activations of a unit;  void done(i, unit, row of the unit, column, sum)
 struct FewBlock {
   SharedRows in;
-  float* sums;  // [2][few_rounds * lanes of units][split][columns][16]
-  int columns;  // rows of activations in a unit
-  int split;
+  float* sums;      // [2][rounds * lanes of units][split][columns][16]
+  int half_floats;  // of one of the two
+  int split;        // warps that share a unit
+  int rounds;       // units of a warp between two barriers
+  int half = 0;
 
-  __host__ __device__ static int sum_bytes(int warps, int columns) { return 2 * few_rounds * warps * columns * 64; }
+  __host__ __device__ static int sum_bytes(int warps, int rounds, int columns) {
+    return 2 * rounds * warps * columns * 64;
+  }
 };
 
-template <DType type>
+// The strips of a warp, section after section.
+template <class Sections>
+class StripCursor {
+ public:
+  __device__ StripCursor(const Sections& of, const FewBlock& block, int warp, int warps)
+      : of_(of),
+        first_(warp % block.split),
+        split_(block.split),
+        own_(warp / block.split),
+        lanes_(warps / block.split),
+        strips_(block.in.strips) {
+    open(0);
+  }
+  __device__ __forceinline__ bool next(const std::byte*& from, int& bytes, int& row_bytes) {
+    while (unit_ >= last_) {
+      if (section_ + 1 >= of_.count) return false;
+      open(section_ + 1);
+    }
+    if (strip_ == first_) data_ = of_.unit(section_, unit_).data;
+    if (type_ == DType::f32) {
+      bytes = 4096, row_bytes = strips_ * strip_cols * 4;
+      from = data_ + strip_ * (strip_cols * 4);
+    } else {
+      bytes = strip_bytes_, row_bytes = 0;
+      from = data_ + strip_ * strip_bytes_;
+    }
+    strip_ += split_;
+    if (strip_ >= strips_) strip_ = first_, unit_ += lanes_;
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ void open(int section) {
+    section_ = section;
+    type_ = of_.type(section);
+    strip_bytes_ = of_.strip_bytes(section);
+    unit_ = of_.first(section) + own_, last_ = first_ < strips_ ? of_.last(section) : 0;
+    strip_ = first_;
+  }
+  const Sections& of_;
+  const std::byte* data_ = nullptr;
+  int first_, split_, own_, lanes_, strips_;
+  int section_ = 0, unit_ = 0, last_ = 0, strip_ = 0, strip_bytes_ = 0;
+  DType type_ = DType::f32;
+};
+
 __device__ __forceinline__ void store_sums(float* to, const float (&acc)[4], int columns, int lane) {
   const int g = lane / 4, n = lane % 4 * 2;
   if (n < columns) to[n * 16 + g] = acc[0], to[n * 16 + g + 8] = acc[2];
   if (n + 1 < columns) to[(n + 1) * 16 + g] = acc[1], to[(n + 1) * 16 + g + 8] = acc[3];
 }
 
-// Adds up the warps' sums of `count` units and hands them out: done(unit, row of 16, column, sum).
-template <class Done>
-__device__ __forceinline__ void finish_units(const FewBlock& block, const float* sums, int first, int count, int rows,
-                                             Done&& done) {
-  const int per_unit = block.columns * rows;
-  for (int i = static_cast<int>(threadIdx.x); i < count * per_unit; i += static_cast<int>(blockDim.x)) {
-    const int unit = i / per_unit, n = i % per_unit / rows, row = i % rows;
-    const float* from = sums + (unit * block.split * block.columns + n) * 16 + row;
+// Adds up the warps' sums of the units [first, first + count) and hands them out.
+template <int height, class Sections>
+__device__ __forceinline__ void finish_units(const Sections& of, int section, const FewBlock& block, const float* sums,
+                                             int first, int count, int columns) {
+  for (int i = static_cast<int>(threadIdx.x); i < count * columns * height; i += static_cast<int>(blockDim.x)) {
+    const int row = i % height, n = i / height % columns, unit = i / height / columns;
+    const float* from = sums + (unit * block.split * columns + n) * 16 + row;
     float sum = 0;
-    for (int k = 0; k < block.split; ++k) sum += from[k * block.columns * 16];
-    done(first + unit, row, n, sum);
+    for (int k = 0; k < block.split; ++k) sum += from[k * columns * 16];
+    of.done(section, first + unit, row, n, sum);
   }
 }
 
-// Units [begin, end) of one type by all warps of the block: `at(unit)` is a Unit, `ready()` is called once, when the
-// first weights are on their way and before any activation is read; `done` as above.
-template <DType type, class At, class Ready, class Done>
-__device__ __forceinline__ void multiply_units(const FewBlock& block, int begin, int end, At&& at, Ready&& ready,
-                                               Done&& done) {
-  constexpr bool ahead = sizeof(StripOf<type>) <= 128;  // registers for two
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int lanes = static_cast<int>(blockDim.x) / 32 / block.split;  // of units
-  const int k = warp % block.split, own = warp / block.split, strips = block.in.strips;
-  const int batch = few_rounds * lanes;
-  const auto strip_at = [&](const Unit& u, int s) { return u.data + s * strip_layout(type).bytes; };
-
-  StripOf<type> next;
+// A unit's product with up to eight rows, as sums[column][16]: strips k, k + split, ... of it.
+template <DType type>
+struct UnitProduct {
   StripInput in;
-  int loaded_strip = -1, loaded_row = -2;
-  if (begin + own < end && k < strips) load(next, strip_at(at(begin + own), k), lane);
-  ready();
-  int half = 0;
-  for (int first = begin; first < end; first += batch, half ^= 1) {
-    float* sums = block.sums + half * batch * block.split * block.columns * 16;
-    for (int unit = first + own; unit < min(first + batch, end); unit += lanes) {
-      const Unit u = at(unit);
-      float acc[4] = {};
-      for (int s = k; s < strips; s += block.split) {
-        StripOf<type> x;
-        if constexpr (ahead) {
-          x = next;
-          const int next_strip = s + block.split < strips ? s + block.split : k;
-          const int next_unit = next_strip > s ? unit : unit + lanes;
-          if (next_unit < end) load(next, strip_at(next_unit == unit ? u : at(next_unit), next_strip), lane);
-        } else if (first == begin && unit == begin + own && s == k) {
-          x = next;
-        } else {
-          load(x, strip_at(u, s), lane);
-        }
-        if (s != loaded_strip || u.row != loaded_row) {
-          const int g = lane / 4;
-          block.in.load(in, u.row >= 0 ? u.row : g < block.in.rows ? g : 0, s, lane);
-          loaded_strip = s, loaded_row = u.row;
-        }
-        strip_product(x, in, acc);
-      }
-      store_sums<type>(sums + ((unit - first) * block.split + k) * block.columns * 16, acc, block.columns, lane);
-    }
-    __syncthreads();
-    finish_units(block, sums, first, min(batch, end - first), strip_rows, done);
-  }
-}
+  int strip = -1, row = -2;  // that `in` is of
+  float acc[4];
 
-// The same for f32: a warp takes 256 columns of four rows at a time.
-template <class At, class Ready, class Done>
-__device__ __forceinline__ void multiply_units_f32(const FewBlock& block, int begin, int end, At&& at, Ready&& ready,
-                                                   Done&& done) {
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (float& a : acc) a = 0;
+  }
+  template <class Ask>
+  __device__ __forceinline__ void add(const std::byte* slot, const SharedRows& rows, int s, int of_row, int /*columns*/,
+                                      int lane, Ask&& ask) {
+    if (s != strip || of_row != row) {
+      const int g = lane / 4;
+      rows.load(in, of_row >= 0 ? of_row : g < rows.rows ? g : 0, s, lane);
+      strip = s, row = of_row;
+    }
+    StripOf<type> x;
+    load<FromShared>(x, slot, lane);
+    strip_product(x, in, acc);
+    __syncwarp();
+    ask();
+  }
+  __device__ __forceinline__ void store(float* to, int columns, int lane) const { store_sums(to, acc, columns, lane); }
+};
+// f32, with up to N rows: a warp takes 256 columns of four rows at a time.
+template <int N>
+struct SingleProduct {
+  float acc[f32_unit_rows][N];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < f32_unit_rows; ++i) {
+#pragma unroll
+      for (float& a : acc[i]) a = 0;
+    }
+  }
+  template <class Ask>
+  __device__ __forceinline__ void add(const std::byte* slot, const SharedRows& rows, int s, int of_row, int columns,
+                                      int lane, Ask&& ask) {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      float4 w[f32_unit_rows];
+#pragma unroll
+      for (int i = 0; i < f32_unit_rows; ++i) {
+        w[i] = *reinterpret_cast<const float4*>(slot + i * 1024 + part * 512 + lane * 16);
+      }
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        if (n >= columns) break;
+        const float4 v = *reinterpret_cast<const float4*>(
+            rows.single + ((of_row >= 0 ? of_row : n) * rows.strips + s) * strip_cols + part * 128 + lane * 4);
+#pragma unroll
+        for (int i = 0; i < f32_unit_rows; ++i) {
+          acc[i][n] = fmaf(w[i].x, v.x, acc[i][n]), acc[i][n] = fmaf(w[i].y, v.y, acc[i][n]);
+          acc[i][n] = fmaf(w[i].z, v.z, acc[i][n]), acc[i][n] = fmaf(w[i].w, v.w, acc[i][n]);
+        }
+      }
+    }
+    __syncwarp();
+    ask();
+  }
+  __device__ __forceinline__ void store(float* to, int columns, int lane) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (n >= columns) break;
+#pragma unroll
+      for (int i = 0; i < f32_unit_rows; ++i) {
+        const float sum = warp_sum(acc[i][n]);
+        if (lane == 0) to[n * 16 + i] = sum;
+      }
+    }
+  }
+};
+
+// The units of one section, by all warps of the block.
+template <class Product, int height, class Sections, class Cursor>
+__device__ __forceinline__ void multiply_section(const Sections& of, int section, FewBlock& block, StripRing& ring,
+                                                 Cursor& cursor) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int lanes = static_cast<int>(blockDim.x) / 32 / block.split;
   const int k = warp % block.split, own = warp / block.split, strips = block.in.strips;
-  const int batch = few_rounds * lanes, row_floats = strips * strip_cols;
-  float4 w[f32_unit_rows][2];
-  const auto load_rows = [&](const Unit& u, int s) {
-#pragma unroll
-    for (int i = 0; i < f32_unit_rows; ++i) {
-      const auto* from = u.data + (i * row_floats + s * strip_cols) * 4 + lane * 16;
-      w[i][0] = detail::load_stream<float4>(from), w[i][1] = detail::load_stream<float4>(from + 512);
-    }
-  };
-  bool waiting = begin + own < end && k < strips;  // the first rows are on their way
-  if (waiting) load_rows(at(begin + own), k);
-  ready();
-  int half = 0;
-  for (int first = begin; first < end; first += batch, half ^= 1) {
-    float* sums = block.sums + half * batch * block.split * block.columns * 16;
+  const int begin = of.first(section), end = of.last(section), batch = block.rounds * lanes;
+  const int columns = of.columns(section);
+  Product product;
+  for (int first = begin; first < end; first += batch) {
+    float* sums = block.sums + block.half * block.half_floats;
     for (int unit = first + own; unit < min(first + batch, end); unit += lanes) {
-      const Unit u = at(unit);
-      float acc[f32_unit_rows][few_rows] = {};
+      const int row = of.unit(section, unit).row;
+      product.clear();
       for (int s = k; s < strips; s += block.split) {
-        if (!waiting) load_rows(u, s);
-        waiting = false;
-#pragma unroll
-        for (int n = 0; n < few_rows; ++n) {
-          if (n >= block.columns) break;
-          const auto* x = reinterpret_cast<const float4*>(block.in.single + (u.row >= 0 ? u.row : n) * row_floats +
-                                                          s * strip_cols + lane * 4);
-#pragma unroll
-          for (int part = 0; part < 2; ++part) {
-            const float4 v = x[32 * part];
-#pragma unroll
-            for (int i = 0; i < f32_unit_rows; ++i) {
-              acc[i][n] = fmaf(w[i][part].x, v.x, acc[i][n]), acc[i][n] = fmaf(w[i][part].y, v.y, acc[i][n]);
-              acc[i][n] = fmaf(w[i][part].z, v.z, acc[i][n]), acc[i][n] = fmaf(w[i][part].w, v.w, acc[i][n]);
-            }
-          }
-        }
+        product.add(ring.take(), block.in, s, row, columns, lane, [&] { ring.ask(cursor, lane); });
       }
-      float* to = sums + ((unit - first) * block.split + k) * block.columns * 16;
-#pragma unroll
-      for (int n = 0; n < few_rows; ++n) {
-        if (n >= block.columns) break;
-#pragma unroll
-        for (int i = 0; i < f32_unit_rows; ++i) {
-          float sum = acc[i][n];
-#pragma unroll
-          for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-          if (lane == 0) to[n * 16 + i] = sum;
-        }
-      }
+      product.store(sums + ((unit - first) * block.split + k) * columns * 16, columns, lane);
     }
     __syncthreads();
-    finish_units(block, sums, first, min(batch, end - first), f32_unit_rows, done);
+    finish_units<height>(of, section, block, sums, first, min(batch, end - first), columns);
+    block.half ^= 1;
   }
 }
 
 // Types that big models rarely come in: a call each, so that they take no registers from the others.
-template <DType type, class At, class Done>
-__device__ __noinline__ void multiply_units_apart(FewBlock block, int begin, int end, At at, Done done) {
-  multiply_units<type>(
-      block, begin, end, at, [] {}, done);
+template <DType type, class Sections, class Cursor>
+__device__ __noinline__ void multiply_section_apart(const Sections& of, int section, FewBlock& block, StripRing& ring,
+                                                    Cursor& cursor) {
+  multiply_section<UnitProduct<type>, strip_rows>(of, section, block, ring, cursor);
 }
 
 // Whether a kernel for the usual types alone will do.
@@ -252,44 +376,53 @@ __host__ __device__ constexpr bool usual(DType type) {
   return type == DType::q4_k || type == DType::q6_k || type == DType::f32;
 }
 
-template <bool all_types, class At, class Ready, class Done>
-__device__ __forceinline__ void multiply_units(DType type, const FewBlock& block, int begin, int end, const At& at,
-                                               const Ready& ready, const Done& done) {
-  if (type == DType::q4_k) return multiply_units<DType::q4_k>(block, begin, end, at, ready, done);
-  if (type == DType::q6_k) return multiply_units<DType::q6_k>(block, begin, end, at, ready, done);
-  if (type == DType::f32) return multiply_units_f32(block, begin, end, at, ready, done);
-  if constexpr (!all_types) return;
-  ready();
-  switch (type) {
-#define QWEN3NEXT_CASE(name) \
-  case DType::name:          \
-    return multiply_units_apart<DType::name>(block, begin, end, at, done);
-    QWEN3NEXT_CASE(f16)
-    QWEN3NEXT_CASE(bf16)
-    QWEN3NEXT_CASE(f8_e4m3)
-    QWEN3NEXT_CASE(q4_0)
-    QWEN3NEXT_CASE(q4_1)
-    QWEN3NEXT_CASE(q5_0)
-    QWEN3NEXT_CASE(q5_1)
-    QWEN3NEXT_CASE(q8_0)
-    QWEN3NEXT_CASE(q2_k)
-    QWEN3NEXT_CASE(q3_k)
-    QWEN3NEXT_CASE(q5_k)
-    QWEN3NEXT_CASE(iq4_nl)
-    QWEN3NEXT_CASE(iq4_xs)
-    QWEN3NEXT_CASE(mxfp4)
-    QWEN3NEXT_CASE(nvfp4)
+// All sections.  The ring is filled, and the rows are in shared memory.
+template <bool all_types, class Sections, class Cursor>
+__device__ __forceinline__ void multiply_sections(const Sections& of, FewBlock& block, StripRing& ring,
+                                                  Cursor& cursor) {
+  for (int i = 0; i < of.count; ++i) {
+    if (of.first(i) >= of.last(i)) continue;
+    const DType type = of.type(i);
+    if (type == DType::q4_k) {
+      multiply_section<UnitProduct<DType::q4_k>, strip_rows>(of, i, block, ring, cursor);
+    } else if (type == DType::q6_k) {
+      multiply_section<UnitProduct<DType::q6_k>, strip_rows>(of, i, block, ring, cursor);
+    } else if (type == DType::f32) {
+      if (of.columns(i) == 1) {
+        multiply_section<SingleProduct<1>, f32_unit_rows>(of, i, block, ring, cursor);
+      } else {
+        multiply_section<SingleProduct<few_rows>, f32_unit_rows>(of, i, block, ring, cursor);
+      }
+    } else if constexpr (all_types) {
+      switch (type) {
+#define QWEN3NEXT_CASE(name)                                         \
+  case DType::name:                                                  \
+    multiply_section_apart<DType::name>(of, i, block, ring, cursor); \
+    break;
+        QWEN3NEXT_CASE(f16)
+        QWEN3NEXT_CASE(bf16)
+        QWEN3NEXT_CASE(f8_e4m3)
+        QWEN3NEXT_CASE(q4_0)
+        QWEN3NEXT_CASE(q4_1)
+        QWEN3NEXT_CASE(q5_0)
+        QWEN3NEXT_CASE(q5_1)
+        QWEN3NEXT_CASE(q8_0)
+        QWEN3NEXT_CASE(q2_k)
+        QWEN3NEXT_CASE(q3_k)
+        QWEN3NEXT_CASE(q5_k)
+        QWEN3NEXT_CASE(iq4_nl)
+        QWEN3NEXT_CASE(iq4_xs)
+        QWEN3NEXT_CASE(mxfp4)
+        QWEN3NEXT_CASE(nvfp4)
 #undef QWEN3NEXT_CASE
-    default:
-      return;  // done above
+        default:
+          break;  // done above
+      }
+    }
   }
 }
 
-// Asks for bytes that will be read soon, by all threads of the block.
-__device__ __forceinline__ void prefetch(const std::byte* from, std::size_t bytes) {
-  for (std::size_t i = threadIdx.x * std::size_t{128}; i < bytes; i += blockDim.x * std::size_t{128}) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
-  }
-}
+// Bytes of a strip on its way: of f32 four rows of it.
+inline int bytes_on_the_way(DType type) { return type == DType::f32 ? 4096 : strip_layout(type).bytes; }
 
 }  // namespace qwen3next::cuda

@@ -33,16 +33,26 @@ __device__ __forceinline__ void load_b(uint4 (&b)[2], const std::uint16_t* row, 
   b[0] = from[0], b[1] = from[4];
 }
 
+// Where strips are read from.
+struct FromMemory {
+  template <class T>
+  __device__ __forceinline__ static T get(const std::byte* p) {
+    return __ldg(reinterpret_cast<const T*>(p));
+  }
+};
+struct FromShared {
+  template <class T>
+  __device__ __forceinline__ static T get(const std::byte* p) {
+    return *reinterpret_cast<const T*>(p);
+  }
+};
+
 namespace detail {
 
 __device__ __forceinline__ std::uint32_t bits(__half2 h) { return *reinterpret_cast<std::uint32_t*>(&h); }
 __device__ __forceinline__ __half2 halves(std::uint32_t b) { return *reinterpret_cast<__half2*>(&b); }
 __device__ __forceinline__ __half2 twice(float f) { return __float2half2_rn(f); }
 
-template <class T>
-__device__ __forceinline__ T load_stream(const std::byte* p) {  // weights: read once, not kept in L1
-  return __ldg(reinterpret_cast<const T*>(p));
-}
 __device__ __forceinline__ std::uint32_t word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
@@ -85,7 +95,7 @@ struct Tile {
   std::uint32_t factors[format.minimum ? 2 : 1];  // [r] of d, or of (d, dmin)
 };
 
-template <DType type>
+template <class Source = FromMemory, DType type>
 __device__ __forceinline__ void load(Tile<type>& x, const std::byte* strip, int tile, int lane) {
   using namespace detail;
   constexpr StripFormat f = Tile<type>::format;
@@ -93,35 +103,35 @@ __device__ __forceinline__ void load(Tile<type>& x, const std::byte* strip, int 
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < Tile<type>::code_words / 4; ++i) {
-    x.codes[i] = load_stream<uint4>(strip + (tile * (Tile<type>::code_words / 4) + i) * 512 + lane * 16);
+    x.codes[i] = Source::template get<uint4>(strip + (tile * (Tile<type>::code_words / 4) + i) * 512 + lane * 16);
   }
-  if constexpr (f.bits == 5) x.high[0] = load_stream<std::uint32_t>(strip + at.high + lane * 16 + tile * 4);
+  if constexpr (f.bits == 5) x.high[0] = Source::template get<std::uint32_t>(strip + at.high + lane * 16 + tile * 4);
   if constexpr (f.bits == 6) {
-    const auto v = load_stream<uint2>(strip + at.high + (tile / 2 * 32 + lane) * 16 + tile % 2 * 8);
+    const auto v = Source::template get<uint2>(strip + at.high + (tile / 2 * 32 + lane) * 16 + tile % 2 * 8);
     x.high[0] = v.x, x.high[1] = v.y;
   }
   if constexpr (f.kind == ScaleKind::bytes) {
     const int i = (f.group == 16 ? 2 * g + t / 2 : g) * 16 + tile * 4;
-    x.scales[0] = load_stream<std::uint32_t>(strip + at.scales + i);
-    if constexpr (f.minimum) x.minima[0] = load_stream<std::uint32_t>(strip + at.minima + i);
+    x.scales[0] = Source::template get<std::uint32_t>(strip + at.scales + i);
+    if constexpr (f.minimum) x.minima[0] = Source::template get<std::uint32_t>(strip + at.minima + i);
   }
   if constexpr (f.kind == ScaleKind::halves) {
-    const auto v = load_stream<uint2>(strip + at.scales + g * 32 + tile * 8);
+    const auto v = Source::template get<uint2>(strip + at.scales + g * 32 + tile * 8);
     x.scales[0] = v.x, x.scales[1] = v.y;
     if constexpr (f.minimum) {
-      const auto m = load_stream<uint2>(strip + at.minima + g * 32 + tile * 8);
+      const auto m = Source::template get<uint2>(strip + at.minima + g * 32 + tile * 8);
       x.minima[0] = m.x, x.minima[1] = m.y;
     }
   }
   if constexpr (f.kind == ScaleKind::floats) {
-    x.scales[0] = load_stream<std::uint32_t>(strip + at.scales + g * 16 + tile / 2 * 4);
-    x.scales[1] = load_stream<std::uint32_t>(strip + at.scales + g * 16 + 8 + tile / 2 * 4);
+    x.scales[0] = Source::template get<std::uint32_t>(strip + at.scales + g * 16 + tile / 2 * 4);
+    x.scales[1] = Source::template get<std::uint32_t>(strip + at.scales + g * 16 + 8 + tile / 2 * 4);
   }
   if constexpr (f.factors && f.minimum) {
-    const auto v = load_stream<uint2>(strip + at.factors + g * 8);
+    const auto v = Source::template get<uint2>(strip + at.factors + g * 8);
     x.factors[0] = v.x, x.factors[1] = v.y;
   }
-  if constexpr (f.factors && !f.minimum) x.factors[0] = load_stream<std::uint32_t>(strip + at.factors + g * 4);
+  if constexpr (f.factors && !f.minimum) x.factors[0] = Source::template get<std::uint32_t>(strip + at.factors + g * 4);
 }
 
 // What dequantize()'s fragments, and so products with them, are to be multiplied with (and with Matrix::scale): keeps
@@ -295,30 +305,30 @@ requires(Strip<type>::whole) struct StripRegisters<type> {
 template <DType type>
 using StripOf = typename StripRegisters<type>::Registers;
 
-template <DType type>
+template <class Source = FromMemory, DType type>
 __device__ __forceinline__ void load(Strip<type>& x, const std::byte* strip, int lane) {
   using namespace detail;
   constexpr StripFormat f = Strip<type>::format;
   constexpr StripLayout at = strip_layout(type);
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x.codes[i] = load_stream<uint4>(strip + i * 512 + lane * 16);
+  for (int i = 0; i < 4; ++i) x.codes[i] = Source::template get<uint4>(strip + i * 512 + lane * 16);
 #pragma unroll
   for (int i = 0; i < Strip<type>::high_loads; ++i) {
-    x.high[i] = load_stream<uint4>(strip + at.high + i * 512 + lane * 16);
+    x.high[i] = Source::template get<uint4>(strip + at.high + i * 512 + lane * 16);
   }
-  x.scales = load_stream<uint4>(strip + at.scales + (f.group == 16 ? 2 * g + t / 2 : g) * 16);
+  x.scales = Source::template get<uint4>(strip + at.scales + (f.group == 16 ? 2 * g + t / 2 : g) * 16);
   if constexpr (f.minimum) {
-    x.minima = load_stream<std::uint32_t>(strip + at.minima + lane * 4);
-    x.factors = load_stream<uint2>(strip + at.factors + g * 8);
+    x.minima = Source::template get<std::uint32_t>(strip + at.minima + lane * 4);
+    x.factors = Source::template get<uint2>(strip + at.factors + g * 8);
   } else {
-    x.factors.x = load_stream<std::uint32_t>(strip + at.factors + g * 4);
+    x.factors.x = Source::template get<std::uint32_t>(strip + at.factors + g * 4);
   }
 }
-template <DType type>
+template <class Source = FromMemory, DType type>
 __device__ __forceinline__ void load(TileStrip<type>& x, const std::byte* strip, int lane) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) load(x.tile[i], strip, i, lane);
+  for (int i = 0; i < 4; ++i) load<Source>(x.tile[i], strip, i, lane);
 }
 
 // acc += strip x input, in units of strip_unit().  The order of additions is fixed.

@@ -9,8 +9,51 @@ namespace {
 
 struct FewProducts {
   Product of[max_few_products];
+  int strip_bytes[max_few_products];
+  float factor[max_few_products];  // of the sums
   int units_before[max_few_products + 1];
   int count;
+};
+
+// A thread block's units of all products.
+struct ProductSections {
+  const FewProducts& products;
+  CudaTensor residual;
+  int begin, end, rows, strips;
+  int count;
+
+  __device__ __forceinline__ DType type(int i) const { return products.of[i].w.type; }
+  __device__ __forceinline__ int strip_bytes(int i) const { return products.strip_bytes[i]; }
+  __device__ __forceinline__ int first(int i) const {
+    return max(begin, products.units_before[i]) - products.units_before[i];
+  }
+  __device__ __forceinline__ int last(int i) const {
+    return min(end, products.units_before[i + 1]) - products.units_before[i];
+  }
+  __device__ __forceinline__ int columns(int) const { return rows; }
+  __device__ __forceinline__ Unit unit(int i, int unit) const {
+    const auto bytes = static_cast<std::size_t>(products.strip_bytes[i] * strips);
+    return {products.of[i].w.data + static_cast<std::size_t>(unit) * bytes, -1};
+  }
+  __device__ __forceinline__ void done(int i, int unit, int row, int n, float sum) const {
+    const Product& p = products.of[i];
+    const int at = unit * unit_rows(p.w.type) + row;
+    if (at >= p.w.rows) return;
+    const float value = sum * products.factor[i];
+    p.y.data[n * p.y.stride + at] = value;
+    if (i == 0 && residual.data) residual.data[n * residual.stride + at] += value;
+  }
+};
+
+// Which threads find the scale of a group of columns.
+enum class NormGroups { none, row, lanes, any };
+
+// Shared memory, and who does what.
+struct FewPlan {
+  int slot_bytes, depth, rows_at, factors_at, sums_at, half_floats, bytes;
+  int split, rounds;
+  NormGroups groups;
+  bool single;
 };
 
 // Eight neighbours of a row; those beyond `cols` are 0.
@@ -25,94 +68,113 @@ __device__ __forceinline__ void load_eight(float (&v)[8], const float* row, int 
   for (int k = 0; k < 8; ++k) v[k] = begin + k < cols ? row[begin + k] : 0.0f;
 }
 __device__ __forceinline__ void store_eight(const CudaTensor& to, int row, int begin, const float (&v)[8]) {
+  float* data = to.data + row * to.stride + begin;
+  std::uint16_t* half = to.half + row * to.stride + begin;
+  if (begin + 8 <= to.n_cols &&
+      (reinterpret_cast<std::uintptr_t>(data) | reinterpret_cast<std::uintptr_t>(half)) % 16 == 0) {
+    uint4 bits;
+    auto* pair = reinterpret_cast<__half2*>(&bits);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) pair[k] = __floats2half2_rn(saturated(v[2 * k]), saturated(v[2 * k + 1]));
+    reinterpret_cast<float4*>(data)[0] = make_float4(v[0], v[1], v[2], v[3]);
+    reinterpret_cast<float4*>(data)[1] = make_float4(v[4], v[5], v[6], v[7]);
+    *reinterpret_cast<uint4*>(half) = bits;
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
     if (begin + k >= to.n_cols) break;
-    to.data[row * to.stride + begin + k] = v[k];
-    to.half[row * to.stride + begin + k] = __half_as_ushort(__float2half_rn(saturated(v[k])));
+    data[k] = v[k];
+    half[k] = __half_as_ushort(__float2half_rn(saturated(v[k])));
   }
 }
 
-__device__ __forceinline__ float group_scale(const float* x, int size, float eps, int lane) {
+__device__ __forceinline__ float sum_of_squares(const float (&v)[8]) {
   float squares = 0;
-  for (int i = lane; i < size; i += 32) squares = fmaf(x[i], x[i], squares);
-  return 1 / sqrtf(warp_sum(squares) / static_cast<float>(size) + eps);
+#pragma unroll
+  for (const float value : v) squares = fmaf(value, value, squares);
+  return squares;
 }
 
-// The products' input to shared memory.  `factors` has room for a float for each group of each row and warp.
-__device__ void prepare_rows(const SharedRows& to, const CudaTensor& x, const FewInput& input, float* factors) {
+inline NormGroups norm_groups(const FewInput& input, int cols) {
+  if (input.kind != FewInput::Kind::rms_norm && input.kind != FewInput::Kind::gated_rms_norm) return NormGroups::none;
+  if (input.norm_size == cols) return NormGroups::row;
+  const int lanes = input.norm_size / 8;  // that hold a group, eight columns each
+  const bool fits = input.norm_size % 8 == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0;
+  return fits ? NormGroups::lanes : NormGroups::any;
+}
+
+// Before waiting: what is no kernel's result.
+__device__ __forceinline__ void prefetch_norm(const FewInput& input) {
+  for (int i = static_cast<int>(threadIdx.x) * 32; i < input.norm_size; i += static_cast<int>(blockDim.x) * 32) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(input.norm + i));
+  }
+}
+
+// The products' input to shared memory.  `factors` has room for a float for each group, or warp, of each row.
+__device__ __forceinline__ void prepare_rows(const SharedRows& to, const CudaTensor& x, const FewInput& input,
+                                             NormGroups groups, float* factors) {
   using Kind = FewInput::Kind;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32, warp = thread / 32, warps = threads / 32, chunks = to.strips * strip_cols / 8;
-  const bool normed = input.kind == Kind::rms_norm || input.kind == Kind::gated_rms_norm;
-  const int groups = normed ? x.n_cols / input.norm_size : 1;
-  if (normed && groups == 1) {  // all warps on one row
+  if (input.kind == Kind::plain) {
+    for (int n = 0; n < to.rows; ++n) prepare_plain_row(to, x, n);
+    return;
+  }
+  const int size = input.norm_size;
+  if (groups == NormGroups::row) {
     for (int n = 0; n < to.rows; ++n) {
       float squares = 0;
       for (int i = thread; i < chunks; i += threads) {
         float v[8];
         load_eight(v, x.data + n * x.stride, 8 * i, x.n_cols);
-#pragma unroll
-        for (const float value : v) squares = fmaf(value, value, squares);
+        squares += sum_of_squares(v);
       }
       squares = warp_sum(squares);
       if (lane == 0) factors[n * warps + warp] = squares;
     }
     __syncthreads();
-  } else if (normed) {
-    for (int i = warp; i < to.rows * groups; i += warps) {
-      const float* from = x.data + i / groups * x.stride + i % groups * input.norm_size;
-      const float scale = group_scale(from, input.norm_size, input.eps, lane);
-      if (lane == 0) factors[i] = scale;
+  }
+  if (groups == NormGroups::any) {
+    const int count = x.n_cols / size;
+    for (int i = warp; i < to.rows * count; i += warps) {
+      const float* from = x.data + i / count * x.stride + i % count * size;
+      float squares = 0;
+      for (int c = lane; c < size; c += 32) squares = fmaf(from[c], from[c], squares);
+      squares = warp_sum(squares);
+      if (lane == 0) factors[i] = 1 / sqrtf(squares / static_cast<float>(size) + input.eps);
     }
     __syncthreads();
   }
+  const bool gated = input.kind != Kind::rms_norm;
   for (int n = 0; n < to.rows; ++n) {
-    const std::ptrdiff_t row = n * x.stride;
-    if (input.kind == Kind::plain && !to.single && x.n_cols % 8 == 0 &&
-        reinterpret_cast<std::uintptr_t>(x.half + row) % 16 == 0) {
-      for (int i = thread; i < chunks; i += threads) {
-        uint4 bits = make_uint4(0, 0, 0, 0);
-        if (8 * i < x.n_cols) bits = *reinterpret_cast<const uint4*>(x.half + row + 8 * i);
-        float sum = 0;
-        const auto* pair = reinterpret_cast<const __half2*>(&bits);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float2 two = __half22float2(pair[k]);
-          sum += two.x + two.y;
-        }
-        to.store_bits(n, i, bits, sum);
-      }
-      continue;
-    }
     float scale = 1;
-    if (normed && groups == 1) {
-      float squares = 0;
-      for (int w = 0; w < warps; ++w) squares += factors[n * warps + w];
-      scale = 1 / sqrtf(squares / static_cast<float>(x.n_cols) + input.eps);
+    if (groups == NormGroups::row) {
+      float squares = lane < warps ? factors[n * warps + lane] : 0.0f;
+      scale = 1 / sqrtf(warp_sum(squares) / static_cast<float>(size) + input.eps);
     }
     for (int i = thread; i < chunks; i += threads) {
-      float v[8];
-      load_eight(v, x.data + row, 8 * i, x.n_cols);
-      if (normed) {
-        float w[8];
-        if (groups == 1) {
-          load_eight(w, input.norm, 8 * i, x.n_cols);
-        } else {
-#pragma unroll
-          for (int k = 0; k < 8; ++k) {
-            const int c = 8 * i + k;
-            w[k] = c < x.n_cols ? input.norm[c % input.norm_size] * factors[n * groups + c / input.norm_size] : 0.0f;
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) v[k] = v[k] * scale * w[k];
+      float v[8], w[8], g[8];
+      load_eight(v, x.data + n * x.stride, 8 * i, x.n_cols);
+      if (gated) load_eight(g, input.gate.data + n * input.gate.stride, 8 * i, x.n_cols);
+      if (groups == NormGroups::row) load_eight(w, input.norm, 8 * i, x.n_cols);
+      if (groups == NormGroups::lanes) {
+        load_eight(w, input.norm, 8 * i % size, size);
+        float squares = sum_of_squares(v);
+        for (int step = size / 16; step > 0; step /= 2) squares += __shfl_xor_sync(0xffffffff, squares, step);
+        scale = 1 / sqrtf(squares / static_cast<float>(size) + input.eps);
       }
-      if (input.kind == Kind::gated_rms_norm || input.kind == Kind::sigmoid_gate) {
-        float g[8];
-        load_eight(g, input.gate.data + n * input.gate.stride, 8 * i, x.n_cols);
+      if (groups == NormGroups::any) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) v[k] *= input.kind == Kind::sigmoid_gate ? sigmoid(g[k]) : silu(g[k]);
+        for (int k = 0; k < 8; ++k) {
+          const int c = 8 * i + k;
+          w[k] = c < x.n_cols ? input.norm[c % size] * factors[n * (x.n_cols / size) + c / size] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (groups != NormGroups::none) v[k] *= scale * w[k];
+        if (gated) v[k] *= input.kind == Kind::sigmoid_gate ? sigmoid(g[k]) : silu(g[k]);
       }
       to.store(n, i, v);
       if (input.written.data && blockIdx.x == 0) store_eight(input.written, n, 8 * i, v);
@@ -120,72 +182,30 @@ __device__ void prepare_rows(const SharedRows& to, const CudaTensor& x, const Fe
   }
 }
 
-struct LinearUnits {
-  const std::byte* data;
-  std::size_t unit_bytes;
-  __device__ __forceinline__ Unit operator()(int unit) const { return {data + unit * unit_bytes, -1}; }
-};
-struct LinearResult {
-  float* y;
-  float* residual;
-  std::ptrdiff_t stride, residual_stride;
-  int rows, height;
-  float factor;
-  __device__ __forceinline__ void operator()(int unit, int row, int n, float sum) const {
-    const int i = unit * height + row;
-    if (i >= rows) return;
-    y[n * stride + i] = sum * factor;
-    if (residual) residual[n * residual_stride + i] += sum * factor;
-  }
-};
-
 template <bool all_types>
 __global__ void __launch_bounds__(512, 1)
     linear_few_kernel(const __grid_constant__ FewProducts products, const CudaTensor x,
-                      const __grid_constant__ FewInput input, const CudaTensor residual, bool single, int factors) {
+                      const __grid_constant__ FewInput input, const CudaTensor residual, const FewPlan plan) {
   extern __shared__ uint4 shared_memory[];
   auto* memory = reinterpret_cast<std::byte*>(shared_memory);
   const int strips = products.of[0].w.strips(), warps = static_cast<int>(blockDim.x) / 32;
-  const SharedRows rows(memory, x.n_rows, strips, single);
-  auto* factor = reinterpret_cast<float*>(memory + SharedRows::bytes(x.n_rows, strips, single));
-  const FewBlock block{rows, factor + factors, x.n_rows, split_of(warps, strips)};
-
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const SharedRows rows(memory + plan.rows_at, x.n_rows, strips, plan.single);
+  FewBlock block{rows, reinterpret_cast<float*>(memory + plan.sums_at), plan.half_floats, plan.split, plan.rounds};
   const auto share = [&](unsigned b) {
     return static_cast<int>(static_cast<std::int64_t>(products.units_before[products.count]) * b / gridDim.x);
   };
-  const int begin = share(blockIdx.x), end = share(blockIdx.x + 1);
-  bool prepared = false;
-  for (int p = 0; p < products.count; ++p) {
-    const int before = products.units_before[p];
-    const int first = max(begin, before), last = min(end, products.units_before[p + 1]);
-    if (first >= last) continue;
-    const Matrix& w = products.of[p].w;
-    const CudaTensor& y = products.of[p].y;
-    const int height = unit_rows(w.type);
-    const std::size_t unit_bytes =
-        strip_layout(w.type).bytes * static_cast<std::size_t>(strips) / (strip_rows / height);
-    const LinearUnits at{w.data, unit_bytes};
-    const LinearResult done{y.data,
-                            p == 0 ? residual.data : nullptr,
-                            y.stride,
-                            residual.stride,
-                            w.rows,
-                            height,
-                            w.scale * (w.type == DType::f32 ? 1.0f : strip_unit(w.type))};
-    const auto ready = [&] {
-      if (prepared) {
-        __syncthreads();  // the sums of the product before are read
-        return;
-      }
-      prepared = true;
-      prefetch(w.data + (first - before) * unit_bytes, min((last - first) * unit_bytes, std::size_t{1} << 16));
-      wait_for_predecessor();
-      let_successor_start();
-      prepare_rows(rows, x, input, factor);
-      __syncthreads();
-    };
-    multiply_units<all_types>(w.type, block, first - before, last - before, at, ready, done);
-  }
+  const ProductSections sections{products, residual, share(blockIdx.x), share(blockIdx.x + 1),
+                                 x.n_rows, strips,   products.count};
+  StripRing ring(memory, plan.slot_bytes, plan.depth, warp);
+  StripCursor cursor(sections, block, warp, warps);
+  ring.fill(cursor, lane);
+  prefetch_norm(input);
+  wait_for_predecessor();
+  let_successor_start();
+  prepare_rows(rows, x, input, plan.groups, reinterpret_cast<float*>(memory + plan.factors_at));
+  __syncthreads();
+  multiply_sections<all_types>(sections, block, ring, cursor);
 }
 
 }  // namespace
@@ -195,28 +215,57 @@ void linear_few(const Device& device, CudaTensor x, std::span<const Product> pro
   assert(x.n_rows <= max_few_rows && products.size() <= max_few_products);
   if (x.n_rows == 0 || products.empty()) return;
   FewProducts all{};
-  bool single = false, all_types = false;
+  FewPlan plan{};
+  bool all_types = false;
   for (const Product& p : products) {
-    assert(p.w.cols == x.n_cols && p.w.cols == products[0].w.cols);
+    assert(p.w.cols == x.n_cols);
     all.of[all.count] = p;
+    all.strip_bytes[all.count] = bytes_on_the_way(p.w.type);
+    all.factor[all.count] = p.w.scale * (p.w.type == DType::f32 ? 1.0f : strip_unit(p.w.type));
     all.units_before[all.count + 1] = all.units_before[all.count] + units_of(p.w);
     ++all.count;
-    single |= p.w.type == DType::f32;
+    plan.single |= p.w.type == DType::f32;
+    plan.slot_bytes = std::max(plan.slot_bytes, bytes_on_the_way(p.w.type));
     all_types |= !usual(p.w.type);
   }
   const int units = all.units_before[all.count], strips = products[0].w.strips();
   if (units == 0) return;
   const int processors = device.properties().multiprocessors;
-  const int warps = strips >= 16 && units <= processors ? 16 : 8;
-  const int blocks = std::min(units, processors * 16 / warps);
-
   const int groups = input.norm_size > 0 ? x.n_cols / input.norm_size : 1;
-  const int factors = (x.n_rows * std::max(groups, warps) + 3) / 4 * 4;
-  const std::size_t shared = static_cast<std::size_t>(SharedRows::bytes(x.n_rows, strips, single)) +
-                             static_cast<std::size_t>(factors) * sizeof(float) +
-                             static_cast<std::size_t>(FewBlock::sum_bytes(warps, x.n_rows));
-  launch(device, all_types ? linear_few_kernel<true> : linear_few_kernel<false>, dim3(static_cast<unsigned>(blocks)),
-         dim3(static_cast<unsigned>(32 * warps)), shared, all, x, input, residual, single, factors);
+  plan.groups = norm_groups(input, x.n_cols);
+  int warps = strips >= 16 && units <= processors ? 16 : 8, blocks = 0;
+  const auto limit = static_cast<int>(device.properties().shared_memory_per_block) - 1024;
+  const auto lay_out = [&](int T) {
+    blocks = std::min(units, processors * 16 / warps);
+    plan.split = split_of(warps, strips);
+    const int lanes = warps / plan.split, unit_rounds = (units / blocks + lanes) / lanes;
+    plan.rounds = std::min(4, unit_rounds);
+    plan.half_floats = FewBlock::sum_bytes(warps, plan.rounds, T) / 8;
+    const int rows = SharedRows::bytes(T, strips, plan.single), factors = (T * std::max(groups, warps) + 3) / 4 * 16;
+    const int rest = rows + factors + 8 * plan.half_floats, ring = warps * plan.slot_bytes;
+    const int room = (warps > 8 ? limit : limit / 2) - rest;  // two blocks a multiprocessor, if that leaves enough
+    plan.depth =
+        std::clamp(room / ring, 1, std::min(most_depth, unit_rounds * ((strips + plan.split - 1) / plan.split)));
+    plan.rows_at = plan.depth * ring;
+    plan.factors_at = plan.rows_at + rows;
+    plan.sums_at = plan.factors_at + factors;
+    plan.bytes = plan.sums_at + 8 * plan.half_floats;
+    return plan.bytes <= limit;
+  };
+  // How k is split must not depend on the number of rows, which is split instead if need be.
+  while (!lay_out(1) && warps > 1) warps /= 2;
+  int T = x.n_rows;
+  while (!lay_out(T) && T > 1) T = (T + 1) / 2;
+  for (int begin = 0; begin < x.n_rows; begin += T) {
+    const int n = std::min(T, x.n_rows - begin);
+    FewInput part = input;
+    if (part.gate.data) part.gate = part.gate.rows(begin, n);
+    if (part.written.data) part.written = part.written.rows(begin, n);
+    for (int i = 0; i < all.count; ++i) all.of[i].y = products[static_cast<std::size_t>(i)].y.rows(begin, n);
+    launch(device, all_types ? linear_few_kernel<true> : linear_few_kernel<false>, dim3(static_cast<unsigned>(blocks)),
+           dim3(static_cast<unsigned>(32 * warps)), static_cast<std::size_t>(plan.bytes), all, x.rows(begin, n), part,
+           residual.data ? residual.rows(begin, n) : residual, plan);
+  }
 }
 
 }  // namespace qwen3next::cuda

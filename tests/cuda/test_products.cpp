@@ -2,9 +2,7 @@
 
 #include <doctest/doctest.h>
 
-#include <chrono>
-#include <cstdio>
-
+#include "backends/cuda/experts_few.hpp"
 #include "backends/cuda/linear_few.hpp"
 #include "backends/cuda/weights.hpp"
 #include "tests/cuda/cuda_ops.hpp"
@@ -128,9 +126,7 @@ TEST_CASE("cuda: products of few rows, every type") {
       const Rows x = random_rows(random, 8, cols);
       const Rows expected = product(w.view, x), found = linear(tensors, on_card.matrix(), x);
       INFO(worst_difference(found, expected));
-      const double error = nmse(found, expected);
-      MESSAGE(type.name, " ", cols, " NMSE ", error);
-      CHECK(error < bound(type.type));
+      CHECK(nmse(found, expected) < bound(type.type));
       for (int rows = 1; rows < 8; ++rows) {
         CHECK(first_difference(linear(tensors, on_card.matrix(), slice(x, 8 - rows, rows)),
                                slice(found, 8 - rows, rows)) == "");
@@ -226,85 +222,159 @@ TEST_CASE("cuda: what comes before a product of few rows") {
   }
 }
 
-// --- times, by --no-skip --test-case="bench: few*" -----------------------------------------------------------------
-
 namespace {
 
-// Copies of a matrix, more than the card's cache holds; contents do not matter.
-struct ManyCopies {
-  ManyCopies(DType type, int rows, int cols) : matrix{.data = nullptr, .rows = rows, .cols = cols, .type = type} {
-    count = std::max<std::size_t>(1, (std::size_t{300} << 20) / matrix.bytes());
-    memory = cuda::DeviceBytes(card(), count * matrix.bytes(), "a benchmark");
-    card()->clear(memory.data(), memory.size());
+// A layer of experts of random weights.
+struct Layer {
+  Layer(Random& random, int count, int hidden, int width, int shared_width, DType up_type, DType down_type,
+        DType shared_type, bool scaled) {
+    const auto matrix = [&](DType type, int rows, int cols) {
+      memory.emplace_back(random, type, rows, cols, 1, 1 / std::sqrt(static_cast<float>(cols)), true);
+      WeightView view = memory.back().view;
+      if (scaled) view.scale = 0.5f + std::fabs(random.normal());
+      return view;
+    };
+    for (int e = 0; e < count; ++e) {
+      const WeightView gate = matrix(up_type, width, hidden), up = matrix(up_type, width, hidden);
+      views.push_back({gate, up, matrix(down_type, hidden, width)});
+    }
+    shared = {matrix(shared_type, shared_width, hidden), matrix(DType::f16, shared_width, hidden),
+              matrix(shared_type, hidden, shared_width)};
   }
-  cuda::Matrix operator[](std::size_t i) const {
-    cuda::Matrix m = matrix;
-    m.data = memory.data() + i % count * matrix.bytes();
-    return m;
-  }
-  cuda::Matrix matrix;
-  std::size_t count;
-  cuda::DeviceBytes memory;
+  std::deque<Matrix> memory;
+  ExpertViews views;
+  ExpertView shared;
 };
 
-template <class F>
-void time(const char* name, double bytes, F f) {
-  cuda::DeviceTimer timer(card());
-  constexpr int times = 200;
-  for (int i = 0; i < 20; ++i) f(static_cast<std::size_t>(i));
-  timer.start();
-  for (int i = 0; i < times; ++i) f(static_cast<std::size_t>(20 + i));
-  const double seconds = timer.seconds() / times;
-  std::printf("%-44s %8.2f us %8.0f GB/s\n", name, seconds * 1e6, bytes / seconds * 1e-9);
+std::vector<double> swiglu_expert(const ExpertView& e, const std::vector<float>& x) {
+  const Rows one{x};
+  const std::vector<float> gate = product(e.gate, one)[0], up = product(e.up, one)[0];
+  std::vector<double> hidden, out;
+  for (std::size_t i = 0; i < gate.size(); ++i) {
+    const double g = static_cast<double>(gate[i]);
+    hidden.push_back(g / (1 + std::exp(-g)) * static_cast<double>(up[i]));
+  }
+  for (const std::vector<float>& row : dequantized(e.down)) {
+    double sum = 0;
+    for (std::size_t i = 0; i < row.size(); ++i) sum += static_cast<double>(row[i]) * hidden[i];
+    out.push_back(sum);
+  }
+  return out;
 }
 
 }  // namespace
 
-TEST_CASE("bench: few rows, products" * doctest::skip()) {
-  CudaTensors tensors(card());
-  const cuda::CudaTensor norm = tensors.make(1, 4096);
-  for (const int T : {1, 2, 5, 8}) {
-    const auto run = [&](const char* name, DType type, int rows, int cols, FewInput input, bool add) {
-      const ManyCopies w(type, rows, cols);
-      const cuda::CudaTensor x = tensors.make(T, cols), y = tensors.make(T, rows), residual = tensors.make(T, rows);
-      input.norm = norm.data, input.gate = tensors.make(T, cols);
-      if (input.kind == FewInput::Kind::rms_norm) input.written = tensors.make(T, cols), input.norm_size = cols;
-      time((std::string(name) + " T=" + std::to_string(T)).c_str(), static_cast<double>(w.matrix.bytes()),
-           [&](std::size_t i) {
-             const cuda::Product product{w[i], y};
-             cuda::linear_few(*card(), x, {&product, 1}, input, add ? residual : cuda::CudaTensor{});
-           });
+TEST_CASE("cuda: experts of few rows") {
+  struct Case {
+    int count, k, hidden, width, shared_width;
+    DType up, down, shared;
+    bool normalise, scaled;
+  };
+  Random random;
+  for (const Case c : {Case{32, 4, 256, 256, 512, DType::q4_k, DType::q6_k, DType::q4_k, true, false},
+                       Case{300, 10, 512, 256, 256, DType::q4_k, DType::q4_k, DType::q6_k, true, false},
+                       Case{40, 16, 44, 12, 20, DType::f32, DType::f32, DType::f32, false, false},
+                       Case{7, 1, 64, 96, 32, DType::q8_0, DType::q5_0, DType::bf16, true, true},
+                       Case{64, 3, 320, 64, 64, DType::nvfp4, DType::mxfp4, DType::f8_e4m3, true, true}}) {
+    CAPTURE(c.count);
+    CAPTURE(c.hidden);
+    const Layer layer(random, c.count, c.hidden, c.width, c.shared_width, c.up, c.down, c.shared, c.scaled);
+    cuda::Uploader uploader(card());
+    const cuda::CudaExperts experts = uploader.experts(layer.views);
+    uploader.finish();
+    const cuda::CudaWeight shared[3]{upload(layer.shared.gate), upload(layer.shared.up), upload(layer.shared.down)};
+    const int T = 8;
+    const Rows x = random_rows(random, T, c.hidden), before = random_rows(random, T, c.hidden);
+    Rows logits = random_rows(random, T, c.count, 2), shared_logit = random_rows(random, T, 1);
+    for (float& l : logits[1]) l = std::nearbyint(l);     // many ties
+    std::fill(logits[2].begin(), logits[2].end(), 0.5f);  // nothing but ties
+    HostRouting expected_routing(T, c.k);
+    ReferenceBackend reference;
+    reference.router(expected_routing, make(reference, logits), c.k, c.normalise);
+
+    Rows expected;
+    for (std::size_t t = 0; t < static_cast<std::size_t>(T); ++t) {
+      std::vector<double> sum(static_cast<std::size_t>(c.hidden));
+      const auto add = [&](const ExpertView& e, double weight) {
+        const std::vector<double> y = swiglu_expert(e, x[t]);
+        for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += weight * y[i];
+      };
+      for (std::size_t i = 0; i < static_cast<std::size_t>(c.k); ++i) {
+        const std::size_t slot = t * static_cast<std::size_t>(c.k) + i;
+        add(layer.views[static_cast<std::size_t>(expected_routing.ids[slot])],
+            static_cast<double>(expected_routing.weights[slot]));
+      }
+      add(layer.shared, 1 / (1 + std::exp(-static_cast<double>(shared_logit[t][0]))));
+      expected.emplace_back(sum.begin(), sum.end());
+    }
+
+    CudaTensors tensors(card());
+    cuda::DeviceScratch scratch(card());
+    const auto run = [&](int begin, int rows, bool route) {
+      cuda::CudaRouting routing(card(), rows, c.k);
+      const auto picks = static_cast<std::size_t>(rows * c.k), first = static_cast<std::size_t>(begin * c.k);
+      if (!route) {
+        card()->copy_to_device(routing.ids, expected_routing.ids.data() + first, picks * 4);
+        card()->copy_to_device(routing.weights, expected_routing.weights.data() + first, picks * 4);
+      }
+      const cuda::CudaTensor out = tensors.make(rows, c.hidden, true), sum = tensors.make(slice(before, begin, rows));
+      cuda::experts_few(*card(), scratch,
+                        {.out = out,
+                         .residual = sum,
+                         .x = tensors.make(slice(x, begin, rows)),
+                         .experts = &experts,
+                         .logits = route ? tensors.make(slice(logits, begin, rows)) : cuda::CudaTensor{},
+                         .routing = routing,
+                         .normalise = c.normalise,
+                         .shared_gate = shared[0].matrix(),
+                         .shared_up = shared[1].matrix(),
+                         .shared_down = shared[2].matrix(),
+                         .shared_logit = tensors.make(slice(shared_logit, begin, rows))});
+      std::vector<std::int32_t> ids(picks);
+      std::vector<float> weights(picks);
+      card()->copy_to_host(ids.data(), routing.ids, picks * 4);
+      card()->copy_to_host(weights.data(), routing.weights, picks * 4);
+      for (std::size_t i = 0; i < picks; ++i) {
+        CAPTURE(i);
+        CHECK(ids[i] == expected_routing.ids[first + i]);
+        CHECK(weights[i] == doctest::Approx(expected_routing.weights[first + i]).epsilon(1e-5));
+      }
+      const Rows found = tensors.read(out);
+      Rows total = slice(before, begin, rows);
+      for (std::size_t t = 0; t < total.size(); ++t) {
+        for (std::size_t i = 0; i < total[t].size(); ++i) total[t][i] += found[t][i];
+      }
+      CHECK(nmse(tensors.read(sum), total) < 1e-13);
+      return found;
     };
-    const FewInput normed{.kind = FewInput::Kind::rms_norm, .eps = 1e-6f};
-    const FewInput gated_norm{.kind = FewInput::Kind::gated_rms_norm, .norm_size = 128, .eps = 1e-6f};
-    const FewInput gated{.kind = FewInput::Kind::sigmoid_gate};
-    run("in_proj 12352 x 2048 q4_k, rms_norm", DType::q4_k, 12352, 2048, normed, false);
-    run("in_proj 12352 x 2048 q4_k, plain", DType::q4_k, 12352, 2048, {}, false);
-    run("qkv 9216 x 2048 q4_k, rms_norm", DType::q4_k, 9216, 2048, normed, false);
-    run("out_proj 2048 x 4096 q4_k, gated norm, add", DType::q4_k, 2048, 4096, gated_norm, true);
-    run("o_proj 2048 x 4096 q4_k, sigmoid gate, add", DType::q4_k, 2048, 4096, gated, true);
-    run("out_proj 2048 x 4096 q4_k, plain", DType::q4_k, 2048, 4096, {}, true);
-    run("router 513 x 2048 f32, rms_norm", DType::f32, 513, 2048, normed, false);
-    run("lm_head 151936 x 2048 q6_k", DType::q6_k, 151936, 2048, {}, false);
-    if (T > 1) continue;
-    for (const DType type : {DType::f16, DType::bf16, DType::f8_e4m3, DType::q8_0, DType::q5_k, DType::q4_0,
-                             DType::iq4_xs, DType::mxfp4, DType::nvfp4}) {
-      run((std::string(info(type).name) + " 12352 x 2048, plain").c_str(), type, 12352, 2048, {}, false);
+    const Rows found = run(0, T, true);
+    INFO(worst_difference(found, expected));
+    CHECK(nmse(found, expected) < 5e-7);
+    CHECK(nmse(run(0, T, false), expected) < 5e-7);
+    for (int rows = 1; rows < T; ++rows) {
+      CHECK(first_difference(run(T - rows, rows, true), slice(found, T - rows, rows)) == "");
     }
   }
 }
 
-TEST_CASE("bench: few rows, taking weights to the card" * doctest::skip()) {
-  const std::vector<std::byte> memory(std::size_t{1} << 30, std::byte{1});
-  const int rows = static_cast<int>(memory.size() / 1152 / 512 * 512);
+TEST_CASE("cuda: logits that are not numbers choose the first experts") {
+  Random random;
+  const Layer layer(random, 8, 64, 32, 32, DType::f16, DType::f16, DType::f16, false);
   cuda::Uploader uploader(card());
-  for (int i = 0; i < 3; ++i) {
-    const auto begin = std::chrono::steady_clock::now();
-    const cuda::CudaWeight w = uploader.weight(WeightView::contiguous(memory.data(), DType::q4_k, rows, 2048));
-    uploader.finish();
-    card()->wait();
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    std::printf("upload of 1 GiB of q4_k: %.3f s, %.1f GB/s\n", seconds,
-                static_cast<double>(memory.size()) / seconds * 1e-9);
-  }
+  const cuda::CudaExperts experts = uploader.experts(layer.views);
+  uploader.finish();
+  CudaTensors tensors(card());
+  cuda::DeviceScratch scratch(card());
+  cuda::CudaRouting routing(card(), 1, 3);
+  Rows logits = random_rows(random, 1, 8);
+  logits[0][5] = NAN;
+  cuda::experts_few(*card(), scratch,
+                    {.out = tensors.make(1, 64),
+                     .x = tensors.make(random_rows(random, 1, 64)),
+                     .experts = &experts,
+                     .logits = tensors.make(logits),
+                     .routing = routing});
+  std::vector<std::int32_t> ids(3);
+  card()->copy_to_host(ids.data(), routing.ids, 12);
+  CHECK(ids == std::vector<std::int32_t>{0, 1, 2});
 }
