@@ -1,6 +1,7 @@
 #include "backends/cuda/attention.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "backends/cuda/attention.cuh"
@@ -27,16 +28,13 @@ __device__ void store_row(KvType type, std::byte* to, const float* row, int dims
     for (int d = lane; d < dims; d += 32) reinterpret_cast<std::uint16_t*>(to)[d] = half_bits(row[d]);
   } else {
     for (int block = 0; block < dims / 32; ++block) {  // f16 scale, 32 bytes
-      const float x = row[32 * block + lane];
-      float most = fabsf(x);
-      for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, offset));
-      const __half d = to_half(most / 127);
-      const float stored = __half2float(d), inverse = stored > 0 ? 1 / stored : 0;
-      const float scaled = __fmul_rn(x, inverse);
-      const int rounded = static_cast<int>(__fadd_rn(scaled, scaled < 0 ? -0.5f : 0.5f));
+      float largest = fabsf(row[32 * block + lane]);
+      for (int offset = 16; offset > 0; offset /= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, offset));
+      const Q8Scale scale(largest);
       std::byte* const at = to + 34 * block;
-      if (lane == 0) *reinterpret_cast<__half*>(at) = d;
-      at[2 + lane] = static_cast<std::byte>(min(127, max(-127, rounded)));
+      if (lane == 0) *reinterpret_cast<__half*>(at) = scale.d;
+      at[2 + lane] = static_cast<std::byte>(scale.level(row[32 * block + lane]));
     }
   }
 }
@@ -69,9 +67,9 @@ struct PrepareWork {
   std::uint16_t* q_half;  // of q; null: q itself is replaced
   Preparation prepare;
   KvLayout layout;
-  KvType type;
   int heads, head_dim;  // heads 0: only k and v
-  bool eight_a_lane;    // heads of 256 and an f16 cache
+  int type;             // KvType
+  int eight_a_lane;     // heads of 256 and an f16 cache
 };
 
 constexpr int prepare_warps = 4;
@@ -85,7 +83,7 @@ __global__ void prepare_kernel(__grid_constant__ const PrepareWork w) {
   const int item = static_cast<int>(blockIdx.y) * prepare_warps + warp;
   if (item >= w.heads + 2 * w.layout.kv_heads) return;
   const auto [span, t] = span_row(w.spans, static_cast<int>(blockIdx.x));
-  const KvSpan& s = w.spans.span[span];
+  const KvSpan s = w.spans.span[span];
   const int row = s.begin + t, plane = item - w.heads;  // of the cache: keys, then values
   const bool is_query = plane < 0, is_value = plane >= w.layout.kv_heads;
   const float* const norm = is_query ? w.prepare.q_norm : is_value ? nullptr : w.prepare.k_norm;
@@ -121,7 +119,7 @@ __global__ void prepare_kernel(__grid_constant__ const PrepareWork w) {
     __syncwarp();
   }
   if (!is_query) {
-    store_row(w.type, cached, normed, D, lane);
+    store_row(static_cast<KvType>(w.type), cached, normed, D, lane);
   } else if (w.q_half) {
     for (int d = lane; d < D; d += 32) q_half[d] = half_bits(normed[d]);
   } else {
@@ -132,11 +130,12 @@ __global__ void prepare_kernel(__grid_constant__ const PrepareWork w) {
 // --- Any shape ---
 
 struct PlainWork {
-  Partials partials;  // out null: a block does all positions of its row and head, and writes the result
-  Rows q;             // prepared
+  Partials partials;
+  Rows q;  // prepared
   KvLayout layout;
   int group, head_dim;
   float scale;  // of scores, times log2(e)
+  int split;    // 0: a block does all positions of its row and head, and writes the result
   HeadsOut out;
 };
 
@@ -152,9 +151,10 @@ __global__ void __launch_bounds__(plain_threads) attend_plain_kernel(__grid_cons
   let_successor_start();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, D = w.head_dim;
   const int head = static_cast<int>(blockIdx.y), kv_head = head / w.group, unit = static_cast<int>(blockIdx.z);
-  const auto [span, t] = span_row(w.partials.spans, static_cast<int>(blockIdx.x));
-  const KvSpan& s = w.partials.spans.span[span];
-  const bool split = w.partials.out != nullptr;
+  const SplitSpans& p = w.partials.split;
+  const auto [span, t] = span_row(p.spans, static_cast<int>(blockIdx.x));
+  const KvSpan s = p.spans.span[span];
+  const bool split = w.split != 0;
   const int unit_positions = group_leaves * leaf_positions, visible = s.first + t + 1;
   const int first = split ? unit * unit_positions : 0, end = split ? min(visible, first + unit_positions) : visible;
   if (first >= visible) return;
@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(plain_threads) attend_plain_kernel(__grid_cons
     }
   }
   if (split) {
-    const int of_span = kv_head * w.partials.units_of_head(span) + unit;
-    const std::size_t row = static_cast<std::size_t>(w.partials.first_unit[span] + of_span) * w.partials.rows +
-                            t * w.group + head % w.group;
+    const int of_span = kv_head * p.units_of_head(span) + unit;
+    const std::size_t row =
+        static_cast<std::size_t>(p.first_unit[span] + of_span) * w.partials.rows + t * w.group + head % w.group;
     for (int d = thread; d < D; d += plain_threads) w.partials.out[row * D + d] = out[d];
     if (thread == 0) w.partials.max_sum[row] = {most, sum};
   } else {
@@ -212,8 +212,8 @@ __global__ void __launch_bounds__(plain_threads) attend_plain_kernel(__grid_cons
 
 struct CombineWork {
   Partials partials;
-  int group, kv_heads, head_dim;
   HeadsOut out;
+  int group, head_dim;
 };
 
 constexpr int combine_warps = 8;
@@ -224,52 +224,62 @@ __global__ void __launch_bounds__(32 * combine_warps) combine_kernel(__grid_cons
   __shared__ float outs[combine_warps][32], sums[combine_warps];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int head = static_cast<int>(blockIdx.y), d = static_cast<int>(blockIdx.z) * 32 + lane, D = w.head_dim;
-  const Partials& p = w.partials;
+  const SplitSpans& p = w.partials.split;
   const auto [span, t] = span_row(p.spans, static_cast<int>(blockIdx.x));
-  const KvSpan& s = p.spans.span[span];
+  const KvSpan s = p.spans.span[span];
   const int unit_positions = p.unit_leaves * leaf_positions;
   const int units = (s.first + t) / unit_positions + 1;  // that the row sees
+  const std::size_t rows = static_cast<std::size_t>(w.partials.rows), stride = rows * D;
   const std::size_t first =
-      static_cast<std::size_t>(p.first_unit[span] + head / w.group * p.units_of_head(span)) * p.rows + t * w.group +
+      static_cast<std::size_t>(p.first_unit[span] + head / w.group * p.units_of_head(span)) * rows + t * w.group +
       head % w.group;
-  const float2* const max_sum = p.max_sum + first;
-  const float* const partial = p.out + first * D + min(d, D - 1);
-  const std::size_t stride = static_cast<std::size_t>(p.rows) * D;
+  const float2* const max_sum = w.partials.max_sum + first;
+  const float* const partial = w.partials.out + first * D + min(d, D - 1);
+  const int column = head * D + min(d, D - 1);
+  const float gate = w.out.gate.data ? w.out.gate.row(s.begin + t)[column] : 0;  // written two kernels ago
   wait_for_predecessor();
   let_successor_start();
 
+  // 32 units at a time: of a warp four groups, or one group's leaves.
+  constexpr int batch = 4;
+  static_assert(batch == group_leaves);
+  const bool leaves = p.unit_leaves == 1;
+  const int first_of_warp = leaves ? warp * group_leaves : warp, step = leaves ? 1 : combine_warps;
+  float value[batch];
+  float2 m[batch];
+  const auto load = [&](int base) {
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      const auto u = static_cast<std::size_t>(min(base + first_of_warp + i * step, units - 1));
+      value[i] = partial[u * stride], m[i] = max_sum[u * rows];
+    }
+  };
+  load(0);
   float most = -INFINITY;
-  for (int u = lane; u < units; u += 32) most = fmaxf(most, max_sum[static_cast<std::size_t>(u) * p.rows].x);
+  for (int u = lane; u < units; u += 32) most = fmaxf(most, max_sum[static_cast<std::size_t>(u) * rows].x);
   for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, offset));
 
   float out = 0, sum = 0;
-  const int per_group = group_leaves / p.unit_leaves;  // 1 or group_leaves
-  const auto add_group = [&](float value, float2 m) {
-    const float factor = exp2_fast(m.x - most);
-    out = __fmaf_rn(value, factor, out), sum = __fmaf_rn(m.y, factor, sum);
+  const auto add_group = [&](float of_group, float2 max_and_sum) {
+    const float factor = exp2_fast(max_and_sum.x - most);
+    out = __fmaf_rn(of_group, factor, out), sum = __fmaf_rn(max_and_sum.y, factor, sum);
   };
-  if (per_group == 1) {
-#pragma unroll 4
-    for (int u = warp; u < units; u += combine_warps)
-      add_group(partial[u * stride], max_sum[static_cast<std::size_t>(u) * p.rows]);
-  } else {
-#pragma unroll 2
-    for (int u = warp * group_leaves; u < units; u += combine_warps * group_leaves) {
-      float value[group_leaves];
-      float2 m[group_leaves];
+  for (int base = 0; base < units; base += batch * combine_warps) {
+    if (base > 0) load(base);
+    const int u = base + first_of_warp;
+    if (leaves) {
 #pragma unroll
-      for (int i = 0; i < group_leaves; ++i) {
-        const std::size_t at = static_cast<std::size_t>(min(u + i, units - 1));
-        value[i] = partial[at * stride], m[i] = max_sum[at * p.rows];
-      }
-#pragma unroll
-      for (int i = 1; i < group_leaves; ++i) {
+      for (int i = 1; i < batch; ++i) {
         if (u + i >= units) break;
         const MergeFactors f = merge_factors(m[0].x, m[i].x);
         value[0] = merge(value[0], value[i], f);
         m[0] = {f.max, merge(m[0].y, m[i].y, f)};
       }
-      add_group(value[0], m[0]);
+      if (u < units) add_group(value[0], m[0]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < batch; ++i)
+        if (u + i * step < units) add_group(value[i], m[i]);
     }
   }
   outs[warp][lane] = out;
@@ -278,7 +288,9 @@ __global__ void __launch_bounds__(32 * combine_warps) combine_kernel(__grid_cons
   if (warp != 0 || d >= D) return;
 #pragma unroll
   for (int i = 1; i < combine_warps; ++i) out += outs[i][lane], sum += sums[i];
-  put_head_value(w.out, s.begin + t, head * D + d, out / sum);
+  const float result = w.out.gate.data ? out / sum * sigmoid(gate) : out / sum;
+  w.out.heads.row(s.begin + t)[column] = result;
+  w.out.half[(s.begin + t) * w.out.heads.stride + column] = half_bits(result);
 }
 
 // --- Rotation ---
@@ -323,23 +335,19 @@ class SpanBatch {
   void add(const KvSpan& span) {
     if (span.count == 0) return;
     spans_.span[spans_.count++] = span;
+    spans_.rows += span.count;
     if (spans_.count == most_spans) flush();
   }
   void flush() {
     if (spans_.count > 0) use_(spans_);
-    spans_.count = 0;
+    spans_ = {};
   }
 
  private:
   Use use_;
-  KvSpans spans_;
+  KvSpans spans_{};
 };
 
-int rows_of(const KvSpans& spans) {
-  int rows = 0;
-  for (int i = 0; i < spans.count; ++i) rows += spans.span[i].count;
-  return rows;
-}
 int most_rows_of(const KvSpans& spans) {
   int rows = 0;
   for (int i = 0; i < spans.count; ++i) rows = std::max(rows, spans.span[i].count);
@@ -367,83 +375,85 @@ void prepare_rows(Device& device, const Inputs& in, bool q_half, const KvSpans& 
   w.spans = spans;
   w.q = rows_of(in.q), w.k = rows_of(in.k), w.v = rows_of(in.v);
   w.q_half = q_half ? in.q.half : nullptr;
-  w.prepare = in.prepare, w.layout = in.layout(), w.type = in.type;
+  w.prepare = in.prepare, w.layout = in.layout(), w.type = static_cast<int>(in.type);
   w.heads = in.shape.heads, w.head_dim = in.shape.head_dim;
   w.eight_a_lane =
       w.head_dim == fast_head_dim && in.prepare.pairs % 8 == 0 && in.type == KvType::f16 && (q_half || w.heads == 0);
   const int items = w.heads + 2 * in.shape.kv_heads;
-  launch(
-      device, prepare_kernel,
-      dim3(static_cast<unsigned>(rows_of(spans)), static_cast<unsigned>((items + prepare_warps - 1) / prepare_warps)),
-      dim3(32 * prepare_warps), w.eight_a_lane ? 0 : prepare_warps * sizeof(float) * w.head_dim, w);
+  launch(device, prepare_kernel,
+         dim3(static_cast<unsigned>(spans.rows), static_cast<unsigned>((items + prepare_warps - 1) / prepare_warps)),
+         dim3(32 * prepare_warps), w.eight_a_lane ? 0 : prepare_warps * sizeof(float) * w.head_dim, w);
 }
 
-// Partial results of these spans in scratch memory; the number of their units.
-int make_partials(Partials& p, DeviceScratch& scratch, const Inputs& in, const KvSpans& spans, int rows,
-                  int unit_leaves) {
-  p.spans = spans, p.unit_leaves = unit_leaves, p.rows = rows * in.group();
-  int units = 0;
-  for (int i = 0; i < spans.count; ++i) {
-    p.first_unit[i] = units;
-    units += in.shape.kv_heads * p.units_of_head(i);
-  }
-  p.first_unit[spans.count] = units;
-  const std::size_t results = static_cast<std::size_t>(units) * static_cast<std::size_t>(p.rows);
-  p.max_sum = scratch.get<float2>(results * (1 + static_cast<std::size_t>(in.shape.head_dim + 1) / 2));
-  p.out = reinterpret_cast<float*>(p.max_sum + results);
-  return units;
+// How these spans are split.
+SplitSpans split_spans(const Inputs& in, const KvSpans& spans, int unit_leaves) {
+  SplitSpans split{};
+  split.spans = spans, split.unit_leaves = unit_leaves;
+  for (int i = 0; i < spans.count; ++i)
+    split.first_unit[i + 1] = split.first_unit[i] + in.shape.kv_heads * split.units_of_head(i);
+  return split;
 }
 
-void combine(Device& device, const Inputs& in, const Partials& partials) {
-  const CombineWork w{partials, in.group(), in.shape.kv_heads, in.shape.head_dim, in.heads_out()};
+// Their partial results in scratch memory, which seldom grows.
+Partials make_partials(DeviceScratch& scratch, const Inputs& in, const SplitSpans& split, int rows) {
+  const auto units = std::bit_ceil(std::max(64u, static_cast<unsigned>(split.first_unit[split.spans.count])));
+  const std::size_t results = std::size_t{units} * static_cast<std::size_t>(rows * in.group());
+  float2* const max_sum = scratch.get<float2>(results * (1 + static_cast<std::size_t>(in.shape.head_dim + 1) / 2));
+  return {split, reinterpret_cast<float*>(max_sum + results), max_sum, rows * in.group()};
+}
+
+void combine(Device& device, const Inputs& in, const KvSpans& spans, const Partials& partials) {
+  const CombineWork w{partials, in.heads_out(), in.group(), in.shape.head_dim};
   launch(device, combine_kernel,
-         dim3(static_cast<unsigned>(rows_of(partials.spans)), static_cast<unsigned>(in.shape.heads),
+         dim3(static_cast<unsigned>(spans.rows), static_cast<unsigned>(in.shape.heads),
               static_cast<unsigned>((in.shape.head_dim + 31) / 32)),
          dim3(32 * combine_warps), 0, w);
 }
 
 void few_fast(Device& device, DeviceScratch& scratch, const Inputs& in, const KvSpans& spans, bool early) {
   FewWork w{};
-  const int most_rows = most_rows_of(spans), rows = most_rows <= 2 ? most_rows : most_rows <= 4 ? 4 : 8;
+  const int most_rows = most_rows_of(spans), rows = most_rows <= 5 ? most_rows : few_rows;  // as attend_few() rounds
   int leaves = 0;
   for (int i = 0; i < spans.count; ++i)
     leaves += in.shape.kv_heads * ((spans.span[i].first + spans.span[i].count - 1) / leaf_positions + 1);
-  const bool in_leaves = leaves <= 3 * device.properties().multiprocessors;
-  const int units = make_partials(w.partials, scratch, in, spans, rows, in_leaves ? 1 : group_leaves);
+  const bool in_leaves = leaves <= device.properties().multiprocessors;
+  const SplitSpans split = split_spans(in, spans, in_leaves ? 1 : group_leaves);
+  w.partials = make_partials(scratch, in, split, rows);
   w.q = rows_of(in.q), w.k = rows_of(in.k), w.v = rows_of(in.v);
   w.prepare = in.prepare, w.layout = in.layout(), w.scale = in.scale(), w.early = early;
-  attend_few(device, w, units, most_rows);
-  combine(device, in, w.partials);
+  attend_few(device, w, split.first_unit[spans.count], in_leaves, most_rows);
+  combine(device, in, spans, w.partials);
 }
 
 void plain(Device& device, DeviceScratch& scratch, const Inputs& in, const KvSpans& spans, bool split) {
   prepare_rows(device, in, false, spans);
   PlainWork w{};
-  int units = 1;
+  unsigned units = 1;
+  const SplitSpans parts = split_spans(in, spans, group_leaves);
   if (split) {
-    make_partials(w.partials, scratch, in, spans, most_rows_of(spans), group_leaves);
-    for (int i = 0; i < spans.count; ++i) units = std::max(units, w.partials.units_of_head(i));
+    w.partials = make_partials(scratch, in, parts, most_rows_of(spans));
+    for (int i = 0; i < spans.count; ++i) units = std::max(units, static_cast<unsigned>(parts.units_of_head(i)));
   } else {
-    w.partials.spans = spans;
+    w.partials.split = parts;
   }
+  w.split = split;
   w.q = rows_of(in.q), w.layout = in.layout(), w.group = in.group(), w.head_dim = in.shape.head_dim;
   w.scale = in.scale(), w.out = in.heads_out();
-  const dim3 grid(static_cast<unsigned>(rows_of(spans)), static_cast<unsigned>(in.shape.heads),
-                  static_cast<unsigned>(units));
+  const dim3 grid(static_cast<unsigned>(spans.rows), static_cast<unsigned>(in.shape.heads), units);
   const std::size_t shared = 2 * sizeof(float) * static_cast<std::size_t>(in.shape.head_dim);
   const auto kernel = in.type == KvType::f32   ? attend_plain_kernel<F32Row>
                       : in.type == KvType::f16 ? attend_plain_kernel<F16Row>
                                                : attend_plain_kernel<Q8Row>;
   launch(device, kernel, grid, dim3(plain_threads), shared, w);
-  if (split) combine(device, in, w.partials);
+  if (split) combine(device, in, spans, w.partials);
 }
 
 void attend(Device& device, DeviceScratch& scratch, Inputs in, KvSegments segments) {
   if (segments.empty()) return;
   in.type = segments[0].state->type();
-  const bool fast = in.fast(), fast_few = fast && in.type == KvType::f16;
-  // The kernel for few rows keeps their queries in shared memory.
-  const int most_few = device.properties().shared_memory_per_block >= 130 * 1024 ? few_rows : few_rows / 2;
+  const bool fast = in.fast();
+  const int most_few = fast ? most_few_rows(device, in.type == KvType::q8_0) : 0;
+  const bool fast_few = most_few > 0;
   bool early = true;
   SpanBatch few([&](const KvSpans& spans) {
     fast_few ? few_fast(device, scratch, in, spans, early) : plain(device, scratch, in, spans, true);
@@ -489,7 +499,7 @@ void rope_angles(Device& device, CudaTensor angles, std::span<const double> freq
       const int count = std::min(most_frequencies, pairs - begin);
       Frequencies frequencies{};
       std::copy_n(frequency.begin() + begin, count, frequencies.of);
-      launch(device, rope_angles_kernel, dim3(static_cast<unsigned>(rows_of(spans))),
+      launch(device, rope_angles_kernel, dim3(static_cast<unsigned>(spans.rows)),
              dim3(static_cast<unsigned>((count + 31) / 32 * 32)), 0, spans, rows_of(angles), pairs, begin, count,
              frequencies, scale);
     }
@@ -528,7 +538,7 @@ void attention(Device& device, DeviceScratch& scratch, CudaTensor out, CudaTenso
 void gated_attention(Device& device, DeviceScratch& scratch, CudaTensor heads, CudaTensor q, CudaTensor gate,
                      CudaTensor k, CudaTensor v, const float* q_norm, const float* k_norm, float eps, CudaTensor angles,
                      AttentionShape shape, KvSegments segments) {
-  Preparation prepare{q_norm, k_norm, eps, {}, angles.n_cols / 2};
+  Preparation prepare{q_norm, k_norm, {}, eps, angles.n_cols / 2};
   if (prepare.pairs > 0) prepare.angles = rows_of(angles);
   attend(device, scratch, {heads, q, gate, k, v, prepare, shape, KvType::f16}, segments);
 }

@@ -34,10 +34,10 @@ struct KvSpan {
   std::byte* const* table;
   int begin, count, first;
 };
-constexpr int most_spans = 64;  // of a launch
+constexpr int most_spans = 16;  // of a launch
 struct KvSpans {
-  int count = 0;
   KvSpan span[most_spans];
+  int count, rows;  // of all of them
 };
 
 // What lies where in a cache's block.
@@ -64,8 +64,8 @@ inline Rows rows_of(const CudaTensor& t) { return {t.data, t.stride}; }
 // How q and k become what is compared; what is null is left out.
 struct Preparation {
   const float *q_norm, *k_norm;  // [D]
+  Rows angles;                   // [T, 2 pairs]
   float eps;
-  Rows angles;  // [T, 2 pairs]
   int pairs;
 };
 
@@ -80,20 +80,24 @@ __device__ inline void put_head_value(const HeadsOut& out, int row, int column, 
   out.half[row * out.heads.stride + column] = half_bits(value);
 }
 
-// Partial results of few rows: of unit u (a leaf or a group of one span and KV head), row t of the span and head h of
-// the KV head's group: out [u][t * group + h][D], and max and sum.
-struct Partials {
+// Spans of few rows, whose positions are split: in units of a leaf or a group, of each span and KV head in order.
+struct SplitSpans {
   KvSpans spans;
-  int first_unit[most_spans + 1];  // of each span: for each KV head, its units in order
+  int first_unit[most_spans + 1];  // of each span; then how many there are
   int unit_leaves;                 // 1 or group_leaves
-  int rows;                        // of a unit, group times the most rows of a span
-  float* out;
-  float2* max_sum;  // [u][rows]
 
   __host__ __device__ int units_of_head(int span) const {
     const int positions = spans.span[span].first + spans.span[span].count, unit = unit_leaves * leaf_positions;
     return (positions + unit - 1) / unit;
   }
+};
+// Their partial results: of unit u, row t of its span and head h of its KV head's group, out [u][t * group + h][D], and
+// max and sum.
+struct Partials {
+  SplitSpans split;
+  float* out;
+  float2* max_sum;  // [u][rows]
+  int rows;         // of a unit: group times the most rows of a span
 };
 
 // --- Arithmetic of partial results ---
@@ -144,8 +148,7 @@ __device__ inline void load_transposed(std::uint32_t (&r)[4], std::uint32_t addr
 }
 // c [16, 8] += a [16, 16] b [16, 8]
 __device__ inline void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -176,30 +179,90 @@ __device__ inline uint4 eight_halves(const float (&x)[8]) {
   return {half_pair(y[0], y[1]), half_pair(y[2], y[3]), half_pair(y[4], y[5]), half_pair(y[6], y[7])};
 }
 
-// x = rope(rms_norm(x)); `angles` null: no rotation; pairs a multiple of 8.
+// Of a q8_0 row, which lies at an even address: chunk [8 chunk, 8 chunk + 8).
+__device__ inline uint4 eight_of_q8_0(const std::byte* row, int chunk) {
+  const auto* const block = reinterpret_cast<const std::uint16_t*>(row) + chunk / 4 * 17;
+  const float d = __half2float(__ushort_as_half(block[0]));
+  float x[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const std::uint16_t pair = block[1 + chunk % 4 * 4 + i];
+    x[2 * i] = d * static_cast<float>(static_cast<signed char>(pair & 0xff));
+    x[2 * i + 1] = d * static_cast<float>(static_cast<signed char>(pair >> 8));
+  }
+  return eight_halves(x);
+}
+
+// A q8_0 block is 32 values, an f16 scale and a byte each.
+struct Q8Scale {
+  __half d;
+  float inverse;
+  __device__ explicit Q8Scale(float largest) : d(to_half(largest / 127)) {
+    const float stored = __half2float(d);
+    inverse = stored > 0 ? 1 / stored : 0;
+  }
+  __device__ int level(float x) const {
+    const float scaled = __fmul_rn(x, inverse);
+    return min(127, max(-127, static_cast<int>(__fadd_rn(scaled, scaled < 0 ? -0.5f : 0.5f))));
+  }
+};
+
+// The eight values of each lane as q8_0.
+struct EightOfQ8 {
+  __half d;
+  std::uint16_t pairs[4];
+
+  __device__ explicit EightOfQ8(const float (&x)[8]) {
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(x[i]));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+    const Q8Scale scale(largest);
+    d = scale.d;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = static_cast<std::uint16_t>((scale.level(x[2 * i]) & 0xff) | (scale.level(x[2 * i + 1]) & 0xff) << 8);
+  }
+  __device__ void store(std::byte* row, int lane) const {
+    auto* const block = reinterpret_cast<std::uint16_t*>(row) + lane / 4 * 17;
+    if (lane % 4 == 0) block[0] = __half_as_ushort(d);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) block[1 + lane % 4 * 4 + i] = pairs[i];
+  }
+};
+
+// x = rope(rms_norm(x)); `norm` null: no norm; `angles` null: no rotation; pairs a multiple of 8.  All is loaded before
+// the first sum: it costs the way through memory once.
 __device__ inline void prepare_eight(float (&x)[8], int lane, const float* norm, float eps, const float* angles,
                                      int pairs) {
-  if (norm) {
-    float squares = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) squares = __fmaf_rn(x[i], x[i], squares);
-    const float scale = 1 / sqrtf(warp_sum(squares) / fast_head_dim + eps);
-    float weight[8];
-    load_eight(weight, norm, lane);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], scale), weight[i]);
-  }
-  if (!angles) return;
-  const int d = 8 * lane, lanes = pairs / 8;
-  const bool first = d < pairs, second = !first && d < 2 * pairs;
+  float weight[8], cos[8], sin[8];
+  const int lanes = pairs / 8;
+  const bool first = angles && lane < lanes, second = angles && !first && lane < 2 * lanes;
   const int partner = first ? lane + lanes : second ? lane - lanes : lane;
+  if (norm) {
+    load_eight(weight, norm, lane);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) weight[i] = 1;
+  }
+  if (first || second) {
+    load_eight(cos, angles, min(lane, partner));
+    load_eight(sin, angles + pairs, min(lane, partner));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) cos[i] = 1, sin[i] = 0;
+  }
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) squares = __fmaf_rn(x[i], x[i], squares);
+  const float scale = norm ? 1 / sqrtf(warp_sum(squares) / fast_head_dim + eps) : 1;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], scale), weight[i]);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float other = __shfl_sync(0xffffffff, x[i], partner);
-    if (!first && !second) continue;
-    const int pair = first ? d + i : d + i - pairs;
-    const float cos = angles[pair], sin = angles[pairs + pair];
-    x[i] = __fmaf_rn(x[i], cos, first ? -__fmul_rn(other, sin) : __fmul_rn(other, sin));
+    x[i] = __fmaf_rn(x[i], cos[i], __fmul_rn(other, first ? -sin[i] : sin[i]));
   }
 }
 
@@ -211,9 +274,11 @@ struct FewWork {
   Preparation prepare;
   KvLayout layout;
   float scale;  // of scores, times log2(e)
-  bool early;   // past rows may be read before the kernel before has ended
+  int early;    // whether past rows may be read before the kernel before has ended
 };
-void attend_few(const Device& device, const FewWork& work, int total_units, int most_rows);
+int most_few_rows(const Device& device, bool q8_0);  // of a span, as far as shared memory goes; a power of two, or 0
+// `leaves`: units are leaves, no more than multiprocessors.
+void attend_few(const Device& device, const FewWork& work, int units, bool leaves, int most_rows);
 
 struct ManyWork {
   KvSpan span;

@@ -11,9 +11,16 @@ constexpr int tile_bytes = L * D * 2;                       // of the keys or th
 constexpr int score_stride = L + 4, weight_stride = L + 8;  // f32, f16: rows that meet all banks
 static_assert(warps == G, "a warp for each query head");
 
-constexpr std::size_t shared_bytes(int tokens, int stages) {
-  return static_cast<std::size_t>(stages) * 2 * tile_bytes +
-         static_cast<std::size_t>(tokens * G) * (D * 2 + score_stride * 4 + weight_stride * 2 + sizeof(float2));
+constexpr int q8_0_row_bytes = D / 32 * 34;
+
+// Of a leaf on its way: keys, then values, as the cache keeps them.
+template <bool q8_0>
+constexpr int stage_bytes = 2 * (q8_0 ? L * q8_0_row_bytes : tile_bytes);
+constexpr std::size_t shared_bytes(int tokens, bool q8_0, int stages) {
+  return static_cast<std::size_t>(stages) *
+             (q8_0 ? stage_bytes<true> : stage_bytes<false>)+(q8_0 ? 2 * tile_bytes : 0) +
+         static_cast<std::size_t>(tokens * G) * (D * 2 + 2 * score_stride * 4 + weight_stride * 2 + sizeof(float2)) +
+         sizeof(SplitSpans);
 }
 
 __device__ void await_copies_but(int left) {
@@ -35,68 +42,86 @@ __device__ void await_copies_but(int left) {
 
 // A leaf on the way through a block's units.
 struct Place {
-  int unit, span, head;  // KV head
-  int leaf, end;         // of the positions from 0; where the unit ends
+  int unit, span, head;     // KV head
+  int of_head, head_units;  // which of the head's units it is, and of how many
+  int begin, leaf, end;     // leaves from position 0: the unit is [begin, end)
 
-  __device__ void enter(const Partials& p) {
-    while (unit >= p.first_unit[span + 1]) ++span;
-    const int of_span = unit - p.first_unit[span], of_head = p.units_of_head(span);
-    head = of_span / of_head;
-    leaf = of_span % of_head * p.unit_leaves;
+  __device__ void enter(const SplitSpans& p) {
+    begin = leaf = of_head * p.unit_leaves;
     const KvSpan& s = p.spans.span[span];
-    end = min(leaf + p.unit_leaves, (s.first + s.count + L - 1) / L);
+    end = min(begin + p.unit_leaves, (s.first + s.count + L - 1) / L);
   }
-  __device__ void next(const Partials& p, int end_unit) {
-    if (++leaf == end && ++unit < end_unit) enter(p);
+  __device__ void start(const SplitSpans& p, int first_unit) {
+    unit = first_unit, span = 0;
+    while (unit >= p.first_unit[span + 1]) ++span;
+    head_units = p.units_of_head(span);
+    head = (unit - p.first_unit[span]) / head_units, of_head = (unit - p.first_unit[span]) % head_units;
+    enter(p);
+  }
+  __device__ void next(const SplitSpans& p, int end_unit) {
+    if (++leaf < end || ++unit == end_unit) return;
+    if (++of_head == head_units) {
+      of_head = 0, ++head;
+      if (unit == p.first_unit[span + 1]) head = 0, head_units = p.units_of_head(++span);
+    }
+    enter(p);
   }
 };
 
 // Scores are K q^T and results V^T p^T, so that a row's eight query heads of a KV head are the eight columns of an mma:
 // nothing is padded, and the rows of a span only add columns.  Keys and values of a leaf arrive in shared memory some
-// leaves ahead; a warp takes 16 positions of the scores of every other row, then one head's softmax, then 32 dims of
-// the results.
-template <int tokens>
-__global__ void __launch_bounds__(threads, 1)
-    attend_few_kernel(__grid_constant__ const FewWork w, int total_units, int stages) {
+// leaves ahead; a warp takes 16 positions and half of the dims of the scores, then one head's softmax, then 32 dims of
+// the results.  Rows that do not see a leaf take part in it, so that nothing branches, and leave what they got.
+template <int tokens, bool q8_0>
+__global__ void __launch_bounds__(threads, 1) attend_few_kernel(__grid_constant__ const FewWork w, int stages) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  unsigned char* const queries = shared + stages * 2 * tile_bytes;                          // f16 [tokens * G, D]
-  float* const scores = reinterpret_cast<float*>(queries + tokens * G * D * 2);             // [tokens * G, L]
-  __half* const weights = reinterpret_cast<__half*>(scores + tokens * G * score_stride);    // [tokens * G, L]
-  float2* const factors = reinterpret_cast<float2*>(weights + tokens * G * weight_stride);  // [tokens * G]
-  const Partials& p = w.partials;
+  unsigned char* const f16_leaf = shared + stages * stage_bytes<q8_0>;           // of q8_0: the leaf at hand
+  unsigned char* const queries = f16_leaf + (q8_0 ? 2 * tile_bytes : 0);         // f16 [tokens * G, D]
+  float* const scores = reinterpret_cast<float*>(queries + tokens * G * D * 2);  // [2, tokens * G, L]
+  __half* const weights = reinterpret_cast<__half*>(scores + 2 * tokens * G * score_stride);  // [tokens * G, L]
+  float2* const factors = reinterpret_cast<float2*>(weights + tokens * G * weight_stride);    // [tokens * G]
+  const SplitSpans& p = w.partials.split;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t4 = lane % 4;
 
   const auto unit_of = [&](unsigned block) {
-    return static_cast<int>(static_cast<long long>(total_units) * block / gridDim.x);
+    return static_cast<int>(static_cast<long long>(p.first_unit[p.spans.count]) * block / gridDim.x);
   };
   const int end_unit = unit_of(blockIdx.x + 1);
-  Place here{unit_of(blockIdx.x), 0, 0, 0, 0};
-  if (here.unit < end_unit) here.enter(p);
-  Place ahead = here;
+  Place here{}, ahead{};
+  here.start(p, unit_of(blockIdx.x));
+  ahead = here;
+  const auto block_ahead = [&] { return p.spans.span[ahead.span].table[ahead.leaf * L / kv_block]; };
+  const std::byte* block = block_ahead();  // loaded a leaf before it is needed
 
-  // The past rows of a leaf; zeros for the others.
+  // The past rows of a leaf, and zeros for those that will never be; the new ones are left out.
   const auto start_leaf = [&](int stage) {
-    if (ahead.unit < end_unit) {
-      const KvSpan& s = p.spans.span[ahead.span];
-      const int begin = ahead.leaf * L;
-      const std::byte* const block = s.table[begin / kv_block] + static_cast<std::size_t>(begin % kv_block) * (D * 2);
-#pragma unroll
-      for (int kv = 0; kv < 2; ++kv) {
-        const std::byte* const from = block + (kv * w.layout.kv_heads + ahead.head) * w.layout.plane();
-        const std::uint32_t to = shared_address(shared + (2 * stage + kv) * tile_bytes);
-#pragma unroll
-        for (int i = 0; i < L * 32 / threads; ++i) {
-          const int at = i * threads + thread, row = at / 32, chunk = at % 32;
-          copy_or_clear_async(to + tile_offset(row, chunk), from + at * 16, begin + row < s.first);
-        }
-        end_of_copies();
-      }
-      ahead.next(p, end_unit);
-    } else {
+    if (ahead.unit == end_unit) {
       end_of_copies();
+      end_of_copies();
+      return;
+    }
+    constexpr int row_bytes = q8_0 ? q8_0_row_bytes : D * 2, chunks = L * row_bytes / 16;
+    const int begin = ahead.leaf * L, first = p.spans.span[ahead.span].first, count = p.spans.span[ahead.span].count;
+    const bool all_past = begin + L <= first;
+#pragma unroll
+    for (int kv = 0; kv < 2; ++kv) {
+      const std::byte* const from = block + (kv * w.layout.kv_heads + ahead.head) * (kv_block * row_bytes) +
+                                    begin % kv_block * row_bytes + thread * 16;
+      // Of f16, a warp copies a row at a time.
+      const std::uint32_t to = shared_address(shared + stage * stage_bytes<q8_0> + kv * stage_bytes<q8_0> / 2) +
+                               (q8_0 ? thread * 16 : tile_offset(warp, lane));
+#pragma unroll
+      for (int i = 0; i < (chunks + threads - 1) / threads; ++i) {
+        if (chunks % threads != 0 && i * threads + thread >= chunks) break;
+        const int row = begin + (i * threads + thread) / (row_bytes / 16);
+        if (all_past || row < first || row >= first + count)
+          copy_or_clear_async(to + i * threads * 16, from + i * threads * 16, all_past || row < first);
+      }
       end_of_copies();
     }
+    ahead.next(p, end_unit);
+    if (ahead.unit < end_unit) block = block_ahead();
   };
   if (!w.early) wait_for_predecessor();
   for (int stage = 0; stage < stages; ++stage) start_leaf(stage);
@@ -105,108 +130,145 @@ __global__ void __launch_bounds__(threads, 1)
 
   float group_out[tokens][2][4];               // dims 32 warp + 16 i + g (+ 8), heads 2 t4 (+ 1)
   float group_max[tokens], group_sum[tokens];  // of head `warp`
-  int queries_unit = -1;                       // queries are those of this unit's span and head
+  bool queries_ready = false;                  // those of a span and KV head
   for (int step = 0, stage = 0; here.unit < end_unit; ++step, stage = stage + 1 == stages ? 0 : stage + 1) {
     const KvSpan& s = p.spans.span[here.span];
     const int begin = here.leaf * L;
     const auto visible = [&](int t) { return t < s.count && begin <= s.first + t; };
-    const bool first_of_unit = here.leaf % p.unit_leaves == 0, last_of_unit = here.leaf + 1 == here.end;
+    const bool first_of_unit = here.leaf == here.begin, last_of_unit = here.leaf + 1 == here.end;
     if (step > 0) {
       __syncthreads();  // the leaf before, and the queries, are read
       start_leaf(stage == 0 ? stages - 1 : stage - 1);
     }
-    if (first_of_unit &&
-        (queries_unit < 0 || (here.unit - p.first_unit[here.span]) % p.units_of_head(here.span) == 0)) {
-      queries_unit = here.unit;
+    unsigned char* const cached = shared + stage * stage_bytes<q8_0>;
+    unsigned char* const keys = q8_0 ? f16_leaf : cached;
+    unsigned char* const values = keys + tile_bytes;
+
+    // The keys and values of this pass, alternating, a warp each: on their way while the queries are prepared.
+    const int first_new = max(begin, s.first), new_rows = 2 * (min(begin + L, s.first + s.count) - first_new);
+    constexpr int new_rows_of_warp = (2 * tokens + warps - 1) / warps;
+    float fresh[new_rows_of_warp][8];
 #pragma unroll
-      for (int t = 0; t < tokens; ++t) {
-        if (t >= s.count) break;
-        const int row = s.begin + t;
-        float x[8];
-        load_eight(x, w.q.row(row) + (here.head * G + warp) * D, lane);
-        prepare_eight(x, lane, w.prepare.q_norm, w.prepare.eps,
-                      w.prepare.angles.data ? w.prepare.angles.row(row) : nullptr, w.prepare.pairs);
-        *reinterpret_cast<uint4*>(queries + tile_offset(t * G + warp, lane)) = eight_halves(x);
+    for (int n = 0; n < new_rows_of_warp; ++n) {
+      const int i = n * warps + warp;
+      if (i < new_rows)
+        load_eight(fresh[n], (i % 2 == 0 ? w.k : w.v).row(s.begin + first_new + i / 2 - s.first) + here.head * D, lane);
+    }
+    if (first_of_unit && (!queries_ready || here.of_head == 0)) {
+      queries_ready = true;
+      float x[tokens][8];
+#pragma unroll
+      for (int t = 0; t < tokens; ++t)
+        load_eight(x[t], w.q.row(s.begin + min(t, s.count - 1)) + (here.head * G + warp) * D, lane);
+#pragma unroll
+      for (int t = 0; t < tokens; ++t)
+        prepare_eight(x[t], lane, w.prepare.q_norm, w.prepare.eps,
+                      w.prepare.angles.data ? w.prepare.angles.row(s.begin + min(t, s.count - 1)) : nullptr,
+                      w.prepare.pairs);
+#pragma unroll
+      for (int t = 0; t < tokens; ++t)
+        *reinterpret_cast<uint4*>(queries + tile_offset(t * G + warp, lane)) = eight_halves(x[t]);
+    }
+#pragma unroll
+    for (int n = 0; n < new_rows_of_warp; ++n) {
+      const int i = n * warps + warp, position = first_new + i / 2;
+      if (i >= new_rows) break;
+      const bool is_value = i % 2 != 0;
+      if (!is_value) {
+        prepare_eight(fresh[n], lane, w.prepare.k_norm, w.prepare.eps,
+                      w.prepare.angles.data ? w.prepare.angles.row(s.begin + position - s.first) : nullptr,
+                      w.prepare.pairs);
+      }
+      std::byte* const to = w.layout.key_row(s.table, position, here.head + (is_value ? w.layout.kv_heads : 0));
+      if constexpr (q8_0) {
+        const EightOfQ8 eight(fresh[n]);
+        eight.store(to, lane);
+        eight.store(reinterpret_cast<std::byte*>(cached + (is_value ? L * q8_0_row_bytes : 0) +
+                                                 (position - begin) * q8_0_row_bytes),
+                    lane);
+      } else {
+        const uint4 halves = eight_halves(fresh[n]);
+        *reinterpret_cast<uint4*>((is_value ? values : keys) + tile_offset(position - begin, lane)) = halves;
+        reinterpret_cast<uint4*>(to)[lane] = halves;
       }
     }
-    unsigned char* const keys = shared + 2 * stage * tile_bytes;
-    unsigned char* const values = keys + tile_bytes;
-    const bool new_rows = begin + L > s.first;
-    if (new_rows) {
-      await_copies_but(2 * stages - 2);
-    } else {
-      await_copies_but(2 * stages - 1);
-    }
+    await_copies_but(q8_0 ? 2 * stages - 2 : 2 * stages - 1);
     __syncthreads();  // keys and queries are there for all
-    if (new_rows) {
-      // Of this pass: here and in the cache.
-      const int from = max(begin, s.first), count = min(begin + L, s.first + s.count) - from;
-      for (int i = warp; i < 2 * count; i += warps) {
-        const int position = from + i / 2, row = s.begin + position - s.first;
-        float x[8];
-        load_eight(x, (i % 2 == 0 ? w.k : w.v).row(row) + here.head * D, lane);
-        if (i % 2 == 0) {
-          prepare_eight(x, lane, w.prepare.k_norm, w.prepare.eps,
-                        w.prepare.angles.data ? w.prepare.angles.row(row) : nullptr, w.prepare.pairs);
-        }
-        const uint4 halves = eight_halves(x);
-        *reinterpret_cast<uint4*>((i % 2 == 0 ? keys : values) + tile_offset(position - begin, lane)) = halves;
-        reinterpret_cast<uint4*>(
-            w.layout.key_row(s.table, position, here.head + (i % 2 == 0 ? 0 : w.layout.kv_heads)))[lane] = halves;
+    if constexpr (q8_0) {
+#pragma unroll 4
+      for (int i = 0; i < 2 * L * 32 / threads; ++i) {
+        const int at = i * threads + thread, row = at / 32, chunk = at % 32;  // rows of keys, then of values
+        *reinterpret_cast<uint4*>(keys + row / L * tile_bytes + tile_offset(row % L, chunk)) =
+            eight_of_q8_0(reinterpret_cast<const std::byte*>(cached + row * q8_0_row_bytes), chunk);
       }
       __syncthreads();
     }
 
-    {  // scores: positions 16 tile + g (+ 8), heads 2 t4 (+ 1)
-      const int tile = warp % 4;
-      constexpr int mine = (tokens + 1) / 2;
-      float sums[mine][2][4] = {};
+    {  // scores: positions 16 tile + g (+ 8), heads 2 t4 (+ 1), by half of the dims
+      const int tile = warp % 4, half = warp / 4;
+      float sums[tokens][2][4] = {};
 #pragma unroll
-      for (int kk = 0; kk < D / 16; kk += 2) {
-        if (warp / 4 >= tokens) break;
+      for (int kk = 0; kk < D / 32; kk += 2) {
         std::uint32_t a[2][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          load_matrices(a[i], shared_address(keys + tile_offset(16 * tile + lane % 16, 2 * (kk + i) + lane / 16)));
+        for (int i = 0; i < 2; ++i) {
+          const int chunk = half * D / 16 + 2 * (kk + i) + lane / 16;
+          load_matrices(a[i], shared_address(keys + tile_offset(16 * tile + lane % 16, chunk)));
+        }
 #pragma unroll
-        for (int m = 0; m < mine; ++m) {
-          const int t = 2 * m + warp / 4;
-          if (!visible(t)) continue;
+        for (int t = 0; t < tokens; ++t) {
           std::uint32_t b[4];
-          load_matrices(b, shared_address(queries + tile_offset(t * G + lane % 8, 2 * kk + lane / 8)));
-          multiply_add(sums[m][0], a[0], b[0], b[1]);
-          multiply_add(sums[m][1], a[1], b[2], b[3]);
+          load_matrices(b, shared_address(queries + tile_offset(t * G + lane % 8, half * D / 16 + 2 * kk + lane / 8)));
+          multiply_add(sums[t][0], a[0], b[0], b[1]);
+          multiply_add(sums[t][1], a[1], b[2], b[3]);
         }
       }
+      float* const to = scores + (half * tokens * G + 2 * t4) * score_stride + 16 * tile + g;
 #pragma unroll
-      for (int m = 0; m < mine; ++m) {
-        const int t = 2 * m + warp / 4;
-        if (t >= tokens || !visible(t)) continue;
-        float* const to = scores + (t * G + 2 * t4) * score_stride + 16 * tile + g;
-        to[0] = sums[m][0][0] + sums[m][1][0], to[score_stride] = sums[m][0][1] + sums[m][1][1];
-        to[8] = sums[m][0][2] + sums[m][1][2], to[score_stride + 8] = sums[m][0][3] + sums[m][1][3];
+      for (int t = 0; t < tokens; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[(t * G + i % 2) * score_stride + i / 2 * 8] = sums[t][0][i] + sums[t][1][i];
       }
     }
     __syncthreads();
 
+    {  // softmax of head `warp`; two positions a lane
+      float2 x[tokens];
+      float most[tokens], sum[tokens];
 #pragma unroll
-    for (int t = 0; t < tokens; ++t) {  // softmax of head `warp`; two positions a lane
-      if (!visible(t)) continue;
-      const int row = t * G + warp;
-      float2 x = reinterpret_cast<const float2*>(scores + row * score_stride)[lane];
-      x.x = begin + 2 * lane <= s.first + t ? __fmul_rn(x.x, w.scale) : -INFINITY;
-      x.y = begin + 2 * lane + 1 <= s.first + t ? __fmul_rn(x.y, w.scale) : -INFINITY;
-      float most = fmaxf(x.x, x.y);
-      for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, offset));
-      const __half2 e = __floats2half2_rn(exp2_fast(x.x - most), exp2_fast(x.y - most));
-      reinterpret_cast<__half2*>(weights + row * weight_stride)[lane] = e;
-      const float sum = warp_sum(__low2float(e) + __high2float(e));
-      if (first_of_unit) {
-        group_max[t] = most, group_sum[t] = sum;
-      } else {
-        const MergeFactors f = merge_factors(group_max[t], most);
-        group_max[t] = f.max, group_sum[t] = merge(group_sum[t], sum, f);
-        if (lane == 0) factors[row] = {f.of_a, f.of_b};
+      for (int t = 0; t < tokens; ++t) {
+        const float2* const row = reinterpret_cast<const float2*>(scores + (t * G + warp) * score_stride) + lane;
+        const float2 a = row[0], b = row[tokens * G * score_stride / 2];
+        const int position = begin + 2 * lane;
+        x[t].x = position <= s.first + t ? __fmul_rn(__fadd_rn(a.x, b.x), w.scale) : -INFINITY;
+        x[t].y = position + 1 <= s.first + t ? __fmul_rn(__fadd_rn(a.y, b.y), w.scale) : -INFINITY;
+        most[t] = fmaxf(x[t].x, x[t].y);
+      }
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+#pragma unroll
+        for (int t = 0; t < tokens; ++t) most[t] = fmaxf(most[t], __shfl_xor_sync(0xffffffff, most[t], offset));
+      }
+#pragma unroll
+      for (int t = 0; t < tokens; ++t) {
+        const __half2 e = __floats2half2_rn(exp2_fast(x[t].x - most[t]), exp2_fast(x[t].y - most[t]));
+        reinterpret_cast<__half2*>(weights + (t * G + warp) * weight_stride)[lane] = e;
+        sum[t] = __low2float(e) + __high2float(e);
+      }
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+#pragma unroll
+        for (int t = 0; t < tokens; ++t) sum[t] += __shfl_xor_sync(0xffffffff, sum[t], offset);
+      }
+#pragma unroll
+      for (int t = 0; t < tokens; ++t) {
+        if (first_of_unit) {
+          group_max[t] = most[t], group_sum[t] = sum[t];
+        } else if (visible(t)) {
+          const MergeFactors f = merge_factors(group_max[t], most[t]);
+          group_max[t] = f.max, group_sum[t] = merge(group_sum[t], sum[t], f);
+          if (lane == 0) factors[t * G + warp] = {f.of_a, f.of_b};
+        }
       }
     }
     await_copies_but(2 * stages - 2);
@@ -225,7 +287,6 @@ __global__ void __launch_bounds__(threads, 1)
       }
 #pragma unroll
       for (int t = 0; t < tokens; ++t) {
-        if (!visible(t)) continue;
         std::uint32_t b[4];
         load_matrices(b, shared_address(weights + (t * G + lane % 8) * weight_stride + 16 * kk + lane / 8 * 8));
 #pragma unroll
@@ -237,10 +298,8 @@ __global__ void __launch_bounds__(threads, 1)
     }
 #pragma unroll
     for (int t = 0; t < tokens; ++t) {
-      if (!visible(t)) continue;
-      const int row = t * G + 2 * t4;
-      const float2 even = first_of_unit ? float2{0, 1} : factors[row];
-      const float2 odd = first_of_unit ? float2{0, 1} : factors[row + 1];
+      if (!first_of_unit && !visible(t)) continue;
+      const float2 even = factors[t * G + 2 * t4], odd = factors[t * G + 2 * t4 + 1];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -252,18 +311,18 @@ __global__ void __launch_bounds__(threads, 1)
     }
 
     if (last_of_unit) {
-      const int unit_begin = here.leaf / p.unit_leaves * p.unit_leaves * L;
+      const int unit_begin = here.begin * L;
 #pragma unroll
       for (int t = 0; t < tokens; ++t) {
         if (t >= s.count || unit_begin > s.first + t) continue;
-        const std::size_t row = static_cast<std::size_t>(here.unit) * p.rows + t * G;
+        const std::size_t row = static_cast<std::size_t>(here.unit) * w.partials.rows + t * G;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            p.out[(row + 2 * t4 + i % 2) * D + 32 * warp + 16 * j + g + i / 2 * 8] = group_out[t][j][i];
+            w.partials.out[(row + 2 * t4 + i % 2) * D + 32 * warp + 16 * j + g + i / 2 * 8] = group_out[t][j][i];
         }
-        if (lane == 0) p.max_sum[row + warp] = {group_max[t], group_sum[t]};
+        if (lane == 0) w.partials.max_sum[row + warp] = {group_max[t], group_sum[t]};
       }
     }
     here.next(p, end_unit);
@@ -271,27 +330,46 @@ __global__ void __launch_bounds__(threads, 1)
   await_copies<0>();
 }
 
-template <int tokens>
-void start(const Device& device, const FewWork& work, int total_units) {
-  const int blocks = std::min(total_units, device.properties().multiprocessors);
-  const int leaves = work.partials.unit_leaves * ((total_units + blocks - 1) / blocks);
-  int stages = std::min(3, leaves);
-  while (stages > 1 && shared_bytes(tokens, stages) > device.properties().shared_memory_per_block) --stages;
-  launch(device, attend_few_kernel<tokens>, dim3(static_cast<unsigned>(blocks)), dim3(threads),
-         shared_bytes(tokens, stages), work, total_units, stages);
+template <int tokens, bool q8_0>
+void start(const Device& device, const FewWork& work, int units, bool leaves) {
+  const int blocks = std::min(units, device.properties().multiprocessors);
+  int stages = leaves ? 1 : 3;
+  while (stages > 1 && shared_bytes(tokens, q8_0, stages) > device.properties().shared_memory_per_block) --stages;
+  launch(device, attend_few_kernel<tokens, q8_0>, dim3(static_cast<unsigned>(blocks)), dim3(threads),
+         shared_bytes(tokens, q8_0, stages), work, stages);
+}
+
+template <bool q8_0>
+void start(const Device& device, const FewWork& work, int units, bool leaves, int most_rows) {
+  switch (most_rows) {
+    case 1:
+      return start<1, q8_0>(device, work, units, leaves);
+    case 2:
+      return start<2, q8_0>(device, work, units, leaves);
+    case 3:
+      return start<3, q8_0>(device, work, units, leaves);
+    case 4:
+      return start<4, q8_0>(device, work, units, leaves);
+    case 5:
+      return start<5, q8_0>(device, work, units, leaves);
+    default:
+      return start<8, q8_0>(device, work, units, leaves);
+  }
 }
 
 }  // namespace
 
-void attend_few(const Device& device, const FewWork& work, int total_units, int most_rows) {
-  if (most_rows == 1) {
-    start<1>(device, work, total_units);
-  } else if (most_rows == 2) {
-    start<2>(device, work, total_units);
-  } else if (most_rows <= 4) {
-    start<4>(device, work, total_units);
+int most_few_rows(const Device& device, bool q8_0) {
+  int rows = few_rows;
+  while (rows > 0 && shared_bytes(rows, q8_0, 1) > device.properties().shared_memory_per_block) rows /= 2;
+  return rows;
+}
+
+void attend_few(const Device& device, const FewWork& work, int units, bool leaves, int most_rows) {
+  if (work.layout.row_bytes == q8_0_row_bytes) {
+    start<true>(device, work, units, leaves, most_rows);
   } else {
-    start<8>(device, work, total_units);
+    start<false>(device, work, units, leaves, most_rows);
   }
 }
 

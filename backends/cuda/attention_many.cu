@@ -7,31 +7,20 @@ constexpr int D = fast_head_dim, G = fast_group;
 constexpr int tile = 64;                  // positions
 constexpr int tile_bytes = tile * D * 2;  // of keys or values
 
-constexpr std::size_t shared_bytes(int warps) { return static_cast<std::size_t>(warps) * 16 * D * 2 + 2 * tile_bytes; }
-
-// Eight q8_0 values of a row, from value 8 chunk.
-__device__ uint4 eight_of_q8_0(const std::byte* row, int chunk) {
-  const auto* const block = reinterpret_cast<const std::uint16_t*>(row) + chunk / 4 * 17;
-  const float d = __half2float(__ushort_as_half(block[0]));
-  float x[8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const std::uint16_t pair = block[1 + chunk % 4 * 4 + i];
-    x[2 * i] = d * static_cast<float>(static_cast<signed char>(pair & 0xff));
-    x[2 * i + 1] = d * static_cast<float>(static_cast<signed char>(pair >> 8));
-  }
-  return eight_halves(x);
+constexpr std::size_t shared_bytes(int warps, int buffers) {
+  return static_cast<std::size_t>(warps) * 16 * D * 2 + static_cast<std::size_t>(buffers) * 2 * tile_bytes;
 }
 
 // A block attends for 2 `warps` tokens with the eight query heads of one KV head, token by token 16 rows a warp; keys
-// and values of 64 positions after the other pass through shared memory.  While one of the two is read, the other is
-// on its way.
-template <int warps, bool q8_0>
+// and values of 64 positions after the other pass through shared memory.  With two buffers the next positions are on
+// their way meanwhile, and warps wait for each other once a tile; with one, the values come while keys are read, and
+// the next keys while values are.
+template <int warps, int buffers, bool q8_0>
 __global__ void __launch_bounds__(32 * warps, 1) attend_many_kernel(__grid_constant__ const ManyWork w) {
   extern __shared__ __align__(1024) unsigned char shared[];
   constexpr int rows = 16 * warps, tokens = rows / G, threads = 32 * warps;
   const std::uint32_t queries = shared_address(shared);
-  const std::uint32_t keys = queries + rows * D * 2, values = keys + tile_bytes;
+  const std::uint32_t tiles_begin = queries + rows * D * 2;  // [buffers] keys, values
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t4 = lane % 4;
   const int kv_head = static_cast<int>(blockIdx.x) % w.layout.kv_heads;
@@ -43,11 +32,12 @@ __global__ void __launch_bounds__(32 * warps, 1) attend_many_kernel(__grid_const
   const int end = w.span.first + w.span.count;  // rows beyond were never written
 
   const auto start_tile = [&](int index, int kv) {
+    if (index >= tiles) return;
     const int begin = index * tile;
     const std::byte* const from = w.span.table[begin / kv_block] +
                                   (kv * w.layout.kv_heads + kv_head) * w.layout.plane() +
                                   static_cast<std::size_t>(begin % kv_block) * w.layout.row_bytes;
-    const std::uint32_t to = kv == 0 ? keys : values;
+    const std::uint32_t to = tiles_begin + (index % buffers * 2 + kv) * tile_bytes;
 #pragma unroll
     for (int i = 0; i < tile * 32 / threads; ++i) {
       const int at = i * threads + thread, row = at / 32, chunk = at % 32;
@@ -71,6 +61,7 @@ __global__ void __launch_bounds__(32 * warps, 1) attend_many_kernel(__grid_const
     copy_or_clear_async(queries + tile_offset(row, chunk), from, token <= last_token);
   }
   start_tile(0, 0);
+  if (buffers == 2) start_tile(0, 1);
 
   float out[D / 8][4] = {};  // rows g, g + 8 of the warp's; dims 8 i + 2 t4 (+ 1)
   float most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
@@ -82,13 +73,19 @@ __global__ void __launch_bounds__(32 * warps, 1) attend_many_kernel(__grid_const
     return static_cast<std::uint32_t>((2 * (c % 4) ^ odd ^ lane % 8) * 16 + c / 4 * 128);
   };
   const std::uint32_t query_rows = queries + (16 * warp + lane % 16) * 512;
-  const std::uint32_t key_rows = keys + (lane / 16 * 8 + lane % 8) * 512;
-  const std::uint32_t value_rows = values + lane % 16 * 512;
 
   for (int index = 0; index < tiles; ++index) {
     await_copies<0>();
-    __syncthreads();  // the keys are there for all; the values before are read
-    start_tile(index, 1);
+    __syncthreads();  // the keys are there for all; the tile before is read
+    if (buffers == 2) {
+      start_tile(index + 1, 0);
+      start_tile(index + 1, 1);
+    } else {
+      start_tile(index, 1);
+    }
+    const std::uint32_t keys = tiles_begin + index % buffers * 2 * tile_bytes;
+    const std::uint32_t key_rows = keys + (lane / 16 * 8 + lane % 8) * 512;
+    const std::uint32_t value_rows = keys + tile_bytes + lane % 16 * 512;
 
     float scores[tile / 8][4] = {};  // positions 8 j + 2 t4 (+ 1)
 #pragma unroll
@@ -145,9 +142,11 @@ __global__ void __launch_bounds__(32 * warps, 1) attend_many_kernel(__grid_const
       }
     }
 
-    await_copies<0>();
-    __syncthreads();  // the values are there for all; the keys are read
-    if (index + 1 < tiles) start_tile(index + 1, 0);
+    if (buffers == 1) {
+      await_copies<0>();
+      __syncthreads();  // the values are there for all; the keys are read
+      start_tile(index + 1, 0);
+    }
 #pragma unroll
     for (int kk = 0; kk < tile / 16; ++kk) {
       const std::uint32_t a[4] = {weights[2 * kk][0], weights[2 * kk][1], weights[2 * kk + 1][0],
@@ -186,21 +185,25 @@ __global__ void __launch_bounds__(32 * warps, 1) attend_many_kernel(__grid_const
   }
 }
 
-template <int warps, bool q8_0>
+template <int warps, int buffers>
 void start(const Device& device, const ManyWork& work) {
   const int tokens = 16 * warps / G, blocks = (work.span.count + tokens - 1) / tokens * work.layout.kv_heads;
-  launch(device, attend_many_kernel<warps, q8_0>, dim3(static_cast<unsigned>(blocks)), dim3(32 * warps),
-         shared_bytes(warps), work);
+  const bool q8_0 = work.layout.row_bytes != 2 * D;
+  launch(device, q8_0 ? attend_many_kernel<warps, buffers, true> : attend_many_kernel<warps, buffers, false>,
+         dim3(static_cast<unsigned>(blocks)), dim3(32 * warps), shared_bytes(warps, buffers), work);
 }
 
 }  // namespace
 
 void attend_many(const Device& device, const ManyWork& work) {
-  const bool q8_0 = work.layout.row_bytes != 2 * D;
-  if (device.properties().shared_memory_per_block >= shared_bytes(8)) {
-    q8_0 ? start<8, true>(device, work) : start<8, false>(device, work);
+  const std::size_t shared = device.properties().shared_memory_per_block;
+  const int wide_blocks = (work.span.count + 15) / 16 * work.layout.kv_heads;
+  if (shared < shared_bytes(8, 1) || wide_blocks < device.properties().multiprocessors) {
+    start<4, 1>(device, work);
+  } else if (shared < shared_bytes(8, 2)) {
+    start<8, 1>(device, work);
   } else {
-    q8_0 ? start<4, true>(device, work) : start<4, false>(device, work);
+    start<8, 2>(device, work);
   }
 }
 
