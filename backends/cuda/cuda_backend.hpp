@@ -47,7 +47,12 @@ class CudaBackend {
   static Host host_backend(KvType kv) { return Host({nullptr, 1, kv, {}}); }
 
   CudaBackend(std::shared_ptr<cuda::Device> device, KvType kv)
-      : device_(std::move(device)), kv_(kv), scratch_(device_), ids_(shared_device_) {}
+      : shared_device_(std::move(device)),
+        record_(std::make_unique<cuda::LaunchRecord>(shared_device_)),
+        device_(shared_device_->with_record(record_.get())),
+        kv_(kv),
+        scratch_(device_),
+        ids_(shared_device_) {}
 
   Tensor tensor(int rows, int cols) {
     const std::ptrdiff_t stride = (cols + 63) / 64 * 64;
