@@ -228,8 +228,6 @@ inline Backend backend_kind(const ModelOptions& o) {
 inline Model open_model(const ModelOptions& o) {
   const Backend backend = backend_kind(o);
   const auto start = std::chrono::steady_clock::now();
-  std::optional<std::uint64_t> gpu_memory;
-  if (!o.gpu_memory.empty()) gpu_memory = size_in_bytes("--gpu-memory", o.gpu_memory);
   Progress loading("copying weights to the GPU", Progress::Unit::bytes);
   Model model = Model::open(file_path(o.path), {.backend = backend,
                                                 .isa = o.isa,
