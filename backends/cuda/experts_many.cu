@@ -87,13 +87,13 @@ void slice_of_rows(const Device& device, DeviceScratch& scratch, const ExpertsMa
     p.matrices[1] = {.w = m.up, .at = m.up_at, .scale = 1};
     p.n_matrices = 2;
     // Few rows: several warps share the columns, and a block has less to do.
-    multiply_many(device, p, rows, rows <= 16 ? 2 : 1);
+    multiply_many(device, p, rows, rows <= 16 ? 1 : 0);
 
     p.x = reinterpret_cast<const uint4*>(hidden), p.x_chunks = static_cast<std::uint32_t>(hidden_stride / 8);
     p.slots = 0, p.hidden = nullptr, p.factor = 16;
     p.matrices[0] = {.w = m.down, .y = parts, .y_stride = part_stride, .at = m.down_at, .scale = 2};
     p.n_matrices = 1;
-    multiply_many(device, p, rows, 1);
+    multiply_many(device, p, rows, 0);
   };
   if (e.waves) {
     while (const std::byte* const* slots = e.waves->next()) multiply(slots);

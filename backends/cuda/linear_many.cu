@@ -11,23 +11,30 @@ namespace {
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-int blocks_of(const ManyProduct& p, int rows_of_block, int splits) {
+int blocks_of(const ManyProduct& p, int rows_of_block, int log_splits) {
   int blocks = 0;
   for (int i = 0; i < p.n_matrices; ++i)
-    blocks += ceil_div(p.matrices[i].w.rows, many_block(rows_of_block).weight_rows(splits));
+    blocks += ceil_div(p.matrices[i].w.rows, many_block(rows_of_block).weight_rows(log_splits));
   return blocks * ceil_div(p.rows, rows_of_block);
 }
 
+// Blocks as large as leave none of the multiprocessors without one; where columns are shared by more warps, or rows of
+// x by more blocks, both are read more often.
 void multiply_f16(const Device& device, const ManyProduct& p) {
-  const int multiprocessors = device.properties().multiprocessors;
-  int rows = p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : p.rows <= 64 ? 64 : 128;
-  if (rows == 128 && blocks_of(p, 128, 1) < 2 * multiprocessors) rows = 64;  // smaller ones fill the card better
-  // Two blocks for every multiprocessor, if the columns can be shared by so many warps.
+  const int wanted = device.properties().multiprocessors;
   const int strips = ceil_div(p.matrices[0].w.cols, strip_cols);
-  int splits = 1;
-  while (splits < many_block(rows).most_splits() && splits < strips && blocks_of(p, rows, splits) < 2 * multiprocessors)
-    splits *= 2;
-  multiply_many(device, p, rows, splits);
+  const auto can_split = [&](int rows, int log_splits) {
+    return 1 << log_splits <= many_block(rows).most_splits() && 1 << log_splits <= strips;
+  };
+  int rows = 16, log_splits = 0;
+  while (rows < 128 && rows < p.rows) rows *= 2;
+  for (;;) {
+    log_splits = 0;
+    while (can_split(rows, log_splits + 1) && blocks_of(p, rows, log_splits) < wanted) ++log_splits;
+    if (rows == 16 || blocks_of(p, rows, log_splits) >= wanted) break;
+    rows /= 2;
+  }
+  multiply_many(device, p, rows, log_splits);
 }
 
 }  // namespace

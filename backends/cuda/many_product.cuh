@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) many_product(co
   __shared__ std::uint32_t from[Shape::rows];  // rows of x, in chunks of eight
   __shared__ int to[Shape::rows];              // rows of y or hidden
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int groups = Shape::warps / p.splits, group = warp % groups, split = warp / groups;
+  const int groups = Shape::warps >> p.log_splits, group = warp % groups, split = warp / groups;
 
   // Which rows of x.
   int expert = 0, count;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) many_product(co
   if (p.slots_of_experts && !slot) return let_successor_start();  // not on the card, or not in this wave
   __syncthreads();
 
-  const StagedRows<Shape> x{staged, p.x, from, count, (part.w.cols + tile_cols - 1) / tile_cols};
+  const StagedRows<Shape> x{staged, p.x, from, count, {(part.w.cols + tile_cols - 1) / tile_cols, p.log_splits}};
   typename Shape::Sums sums;
   with_reader(part.w.type, [&]<class Reader>() {
     Reader readers[R];
@@ -71,9 +71,13 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) many_product(co
       if (slot) w.data = slot + (p.hidden ? p.matrices[r].at : part.at);
       readers[r] = Reader(w, min(p.hidden ? first_tile : first_tile + r, n_tiles - 1));
     }
-    multiply_tiles<Shape>(readers, x, split, p.splits, sums);
+    if constexpr (Shape::rows >= 64) {
+      if (count > Shape::rows - 8 * Shape::group) return multiply_tiles<true, Shape>(readers, x, split, sums);
+    }
+    multiply_tiles<false, Shape>(readers, x, split, sums);
   });
-  if (p.splits > 1) add_splits<Shape>(reinterpret_cast<float4*>(staged), group, groups, split, p.splits, sums);
+  if (p.log_splits > 0)
+    add_splits<Shape>(reinterpret_cast<float4*>(staged), group, groups, split, 1 << p.log_splits, sums);
   if (split != 0) return;
 
   const int g = lane / 4, t = lane % 4;
@@ -125,10 +129,10 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) many_product(co
 }
 
 template <int rows>
-void multiply_many(const Device& device, ManyProduct p, int splits) {
+void multiply_many(const Device& device, ManyProduct p, int log_splits) {
   using Shape = ManyShape<rows>;
-  p.splits = splits;
-  const int block_tiles = Shape::warps / splits * (p.hidden ? 1 : Shape::tiles);
+  p.log_splits = log_splits;
+  const int block_tiles = (Shape::warps >> log_splits) * (p.hidden ? 1 : Shape::tiles);
   int blocks = 0;
   for (int i = 0; i < p.n_matrices; ++i) {
     p.matrices[i].first_block = blocks;

@@ -34,15 +34,15 @@ struct ManyProduct {
   int rows = 0;                // of x, if there are no tiles
   float factor = 1;
   bool add = false;
-  int splits = 1;  // warps that share the columns of a row of weights
+  int log_splits = 0;  // of the warps that share the columns of a row of weights
 
   const PickTile* tiles = nullptr;
   const std::int32_t* n_tiles = nullptr;
   int max_tiles = 0;
   const std::int32_t* picks = nullptr;
-  int slots = 0;  // pick / slots is the row of x; 0: x has a row for each place
+  int slots = 0;                                       // pick / slots is the row of x; 0: x has a row for each place
   const std::byte* const* slots_of_experts = nullptr;  // a null slot: its picks are left out
-  const float* scales = nullptr;  // [experts, 3]; null: all are 1
+  const float* scales = nullptr;                       // [experts, 3]; null: all are 1
   std::uint16_t* hidden = nullptr;
   std::ptrdiff_t hidden_stride = 0;
 };
@@ -51,24 +51,25 @@ struct ManyProduct {
 struct ManyBlock {
   int rows;
   int warps;
-  int stage_tiles;         // of 64 columns of x that are waited for at once
+  int stage_tiles;  // of 64 columns of x that are waited for at once
+  int stages;
   int depth;               // weights are loaded so many tiles ahead
   int per_multiprocessor;  // that are to fit
   constexpr int most_splits() const noexcept { return stage_tiles < warps ? stage_tiles : warps; }
-  constexpr int weight_rows(int splits) const noexcept { return 32 * warps / splits; }
+  constexpr int weight_rows(int log_splits) const noexcept { return 32 * warps >> log_splits; }
 };
 constexpr ManyBlock many_block(int rows) noexcept {
-  return rows <= 8    ? ManyBlock{8, 8, 8, 4, 2}
-         : rows <= 16 ? ManyBlock{16, 8, 8, 4, 2}
-         : rows <= 32 ? ManyBlock{32, 8, 4, 2, 2}
-         : rows <= 64 ? ManyBlock{64, 4, 2, 2, 3}
-                      : ManyBlock{128, 4, 1, 1, 2};
+  return rows <= 8    ? ManyBlock{8, 8, 8, 4, 4, 2}
+         : rows <= 16 ? ManyBlock{16, 8, 8, 4, 4, 2}
+         : rows <= 32 ? ManyBlock{32, 8, 8, 3, 2, 2}
+         : rows <= 64 ? ManyBlock{64, 4, 4, 3, 2, 2}
+                      : ManyBlock{128, 4, 1, 4, 2, 2};
 }
 
 template <int rows>  // 8, 16, 32, 64, 128
-void multiply_many(const Device& device, ManyProduct product, int splits);
+void multiply_many(const Device& device, ManyProduct product, int log_splits);
 
-void multiply_many(const Device& device, const ManyProduct& product, int rows, int splits);
+void multiply_many(const Device& device, const ManyProduct& product, int rows, int log_splits);
 
 // All matrices f32, x [rows, cols] f32 in steps of x_stride.
 void multiply_f32(const Device& device, const ManyProduct& product, const float* x, std::ptrdiff_t x_stride);

@@ -309,7 +309,7 @@ TEST_CASE("experts_many: every type, empty and crowded experts") {
   for (const DType type : all_types) {
     const bool blocks = info(type).elements > 64;
     const std::vector<Case> cases =
-        blocks ? std::vector<Case>{{12, 3, 256, 256}} : std::vector<Case>{{12, 3, 96, 192}, {5, 2, 128, 320}};
+        blocks ? std::vector<Case>{{12, 3, 256, 256}} : std::vector<Case>{{12, 3, 64, 192}, {5, 2, 128, 320}};
     for (const Case& c : cases) {
       std::vector<Matrix> matrices;
       ExpertViews views;
