@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
+#include <unordered_map>
 #include <utility>
 
 #include "backends/cuda/launch.cuh"
@@ -12,11 +14,17 @@ namespace qwen3next::cuda {
 
 namespace {
 
-// Kernels that need more shared memory than any does by itself must have been told so.
+// Kernels that need more shared memory than any does by itself must have been told so: the most that was asked for.
 void prepare(const void* kernel, const LaunchShape& shape) {
   if (shape.shared_bytes <= 48 * 1024) return;
+  static std::mutex mutex;
+  static std::unordered_map<const void*, std::size_t> known;
+  const std::lock_guard lock(mutex);
+  std::size_t& most = known[kernel];
+  if (shape.shared_bytes <= most) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
         "asking for shared memory");
+  most = shape.shared_bytes;
 }
 
 }  // namespace

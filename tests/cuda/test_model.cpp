@@ -48,6 +48,12 @@ struct Plain : test::Gpu {
   void experts_add() = delete;
 };
 
+// Starts each launch by itself.
+struct Ungathered : test::Gpu {
+  using Gpu::Gpu;
+  bool begin_pass() { return false; }
+};
+
 std::vector<std::int32_t> some_tokens(int n, int vocabulary) {
   std::vector<std::int32_t> tokens;
   for (int i = 0; i < n; ++i) tokens.push_back(static_cast<std::int32_t>((i * 7919 + 13) % vocabulary));
@@ -120,6 +126,17 @@ TEST_CASE("cuda: up to 5 rows at once are single rows bit for bit; more agree") 
   for (const std::size_t together : {6, 8, 12, 60}) {
     CAPTURE(together);
     CHECK(nmse(one_by_one(run, tokens, together), single) < 1e-4);
+  }
+}
+
+TEST_CASE("cuda: passes that are gathered into graphs are those that are started launch by launch") {
+  const Checkpoint checkpoint = Checkpoint::open(tiny);
+  const std::vector<std::int32_t> tokens = some_tokens(40, checkpoint.config.vocab_size);
+  test::RunModel<test::Gpu> gathered(checkpoint, test::Gpu(), 40);
+  test::RunModel<Ungathered> ungathered(checkpoint, Ungathered(), 40);
+  for (const std::size_t together : {1, 3, 1, 8}) {
+    CAPTURE(together);
+    CHECK(one_by_one(gathered, tokens, together) == one_by_one(ungathered, tokens, together));
   }
 }
 
