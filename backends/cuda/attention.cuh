@@ -277,7 +277,7 @@ struct FewWork {
   int early;    // whether past rows may be read before the kernel before has ended
 };
 int most_few_rows(const Device& device, bool q8_0);  // of a span, as far as shared memory goes; a power of two, or 0
-// `leaves`: units are leaves, no more than multiprocessors.
+// `leaves`: units are leaves, for a block each.
 void attend_few(const Device& device, const FewWork& work, int units, bool leaves, int most_rows);
 
 struct ManyWork {

@@ -17,10 +17,9 @@ constexpr int q8_0_row_bytes = D / 32 * 34;
 template <bool q8_0>
 constexpr int stage_bytes = 2 * (q8_0 ? L * q8_0_row_bytes : tile_bytes);
 constexpr std::size_t shared_bytes(int tokens, bool q8_0, int stages) {
-  return static_cast<std::size_t>(stages) *
-             (q8_0 ? stage_bytes<true> : stage_bytes<false>)+(q8_0 ? 2 * tile_bytes : 0) +
-         static_cast<std::size_t>(tokens * G) * (D * 2 + 2 * score_stride * 4 + weight_stride * 2 + sizeof(float2)) +
-         sizeof(SplitSpans);
+  const int copies = stages * (q8_0 ? stage_bytes<true> : stage_bytes<false>), f16_leaf = q8_0 ? 2 * tile_bytes : 0;
+  const int of_row = D * 2 + 2 * score_stride * 4 + weight_stride * 2 + static_cast<int>(sizeof(float2));
+  return static_cast<std::size_t>(copies + f16_leaf + tokens * G * of_row);
 }
 
 __device__ void await_copies_but(int left) {
