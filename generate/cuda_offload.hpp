@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "backends/cuda/host_experts.hpp"
 #include "backends/cuda/offload_backend.hpp"
 #include "core/message.hpp"
 #include "generate/backend_engine.hpp"
@@ -99,25 +100,24 @@ class PlacedExperts final : public cuda::CardExperts {
         transit_(device_, plan.transit_slots, std::ranges::max(classes.slot_bytes), classes.experts),
         placement_(classes, plan.slots),
         trunk_(static_cast<int>(weights.layers.size())),
-        zeros_(device_, std::ranges::max(classes.slot_bytes), "an expert of zeros"),
         counts_(device_, classes.of_layer.size() * static_cast<std::size_t>(classes.experts) * sizeof(std::int32_t),
                 "counts of picks"),
         counted_(counts_.size()),
         counted_tokens_(classes.of_layer.size()) {
     device_->clear(counts_.data(), counts_.size());
-    device_->clear(zeros_.data(), zeros_.size());
-    for (const LayerWeights<Views>& layer : weights.layers) views_.push_back(&layer.mlp.experts);
-    if (weights.mtp) views_.push_back(&weights.mtp->layer.mlp.experts);
+    for (const LayerWeights<Views>& layer : weights.layers) views_.push_back(layer.mlp.experts);
+    if (weights.mtp) views_.push_back(weights.mtp->layer.mlp.experts);
     for (std::size_t i = 0; i < views_.size(); ++i) {
       cuda::CudaExperts& layer = layers_.emplace_back();
-      layer.matrices = cuda::expert_matrices(*views_[i]);
+      layer.matrices = cuda::expert_matrices(views_[i]);
       layer.matrices.slots = slots_.table(static_cast<int>(i));
-      layer.matrices.absent = zeros_.data();
       layer.complete = false;
-      take_scales(layer, *views_[i]);
+      take_scales(layer, views_[i]);
+      layers_of_few_.push_back(layer);
+      layers_of_few_.back().matrices.slots = slots_.table_with_zeros(static_cast<int>(i));
       double bytes = 0;
-      for (const ExpertView& e : *views_[i]) bytes += static_cast<double>(bytes_of(e));
-      expert_bytes_.push_back(bytes / static_cast<double>(views_[i]->size()));
+      for (const ExpertView& e : views_[i]) bytes += static_cast<double>(bytes_of(e));
+      expert_bytes_.push_back(bytes / static_cast<double>(views_[i].size()));
     }
     statistics_.experts = views_.size() * static_cast<std::uint64_t>(classes.experts);
     statistics_.slots = static_cast<std::uint64_t>(placement_.slots());
@@ -128,13 +128,13 @@ class PlacedExperts final : public cuda::CardExperts {
   static std::uint64_t bytes_of(const ExpertView& e) noexcept { return e.gate.bytes() + e.up.bytes() + e.down.bytes(); }
 
   // Takes the first experts to the card, in the order of the file.  `progress` is told of bytes.
+  // With a team, the others to large pages of this machine's memory.
   template <class F>
-  void fill(const ExpertProfile* profile, F progress) {
+  void fill(const ExpertProfile* profile, const cpu::Team* team, F progress) {
     std::vector<ExpertPlacement::Placed> placed = placement_.fill(trunk_, profile);
-    const auto view = [&](const ExpertPlacement::Placed& p) -> const ExpertView& {
-      return (*views_[static_cast<std::size_t>(p.key.layer)])[static_cast<std::size_t>(p.key.expert)];
-    };
+    const auto view = [&](const ExpertPlacement::Placed& p) -> const ExpertView& { return view_of(p.key); };
     std::ranges::sort(placed, {}, [&](const auto& p) { return view(p).gate.data; });
+    in_file_ = views_;
     {
       cuda::Uploader uploader(device_);
       for (const ExpertPlacement::Placed& p : placed) {
@@ -148,13 +148,34 @@ class PlacedExperts final : public cuda::CardExperts {
     for (const ExpertPlacement::Placed& p : placed)
       tables[static_cast<std::size_t>(p.key.layer)].push_back({p.key.expert, slots_.slot(p.slot)});
     for (std::size_t i = 0; i < tables.size(); ++i) slots_.set(static_cast<int>(i), tables[i]);
+    if (team) {
+      team_ = *team;
+      std::vector<ExpertView*> others;
+      for (int layer = 0; layer < placement_.layers(); ++layer) {
+        for (int e = 0; e < placement_.experts(); ++e) {
+          if (!placement_.is_there(layer, e))
+            others.push_back(&views_[static_cast<std::size_t>(layer)][static_cast<std::size_t>(e)]);
+        }
+      }
+      host_.take(others, *team);
+    }
     measure_link();
     device_->on_full([this] { return give_back(); });
     missed_share_ = 1 - static_cast<double>(placed.size()) / static_cast<double>(statistics_.experts);
   }
 
-  const cuda::CudaExperts& layer(int layer) const noexcept override { return layers_[static_cast<std::size_t>(layer)]; }
-  const ExpertViews& views(int layer) const noexcept override { return *views_[static_cast<std::size_t>(layer)]; }
+  const cuda::CudaExperts& layer(int layer, bool few) const noexcept override {
+    return (few ? layers_of_few_ : layers_)[static_cast<std::size_t>(layer)];
+  }
+  const std::byte* const* table(int layer) const noexcept override { return slots_.table(layer); }
+  int count() const noexcept override { return placement_.experts(); }
+  double bytes_of_one(int layer) const noexcept override { return expert_bytes_[static_cast<std::size_t>(layer)]; }
+  void find(int layer, std::span<const ExpertSupply::Pick> picks, std::vector<ExpertView>& views) const override {
+    const std::lock_guard lock(mutex_);
+    views.clear();
+    for (const ExpertSupply::Pick& p : picks) views.push_back(view_of({layer, p.expert}));
+  }
+  bool shared(const ExpertView& view) const noexcept override { return host_.shares(view); }
 
   cuda::OffloadWay way(int layer, int rows) const override {
     if (forced_ != cuda::OffloadWay::measured) return forced_;
@@ -192,8 +213,7 @@ class PlacedExperts final : public cuda::CardExperts {
     for (const ExpertSupply::Pick& p : picks) all += p.tokens;
     for (const ExpertSupply::Pick& p : missed) {
       absent += p.tokens;
-      statistics_.bytes_read +=
-          bytes_of((*views_[static_cast<std::size_t>(layer)])[static_cast<std::size_t>(p.expert)]);
+      statistics_.bytes_read += bytes_of(view_of({layer, p.expert}));
     }
     missed_share_ += 0.002 * (static_cast<double>(absent) / static_cast<double>(all) - missed_share_);
   }
@@ -219,19 +239,20 @@ class PlacedExperts final : public cuda::CardExperts {
     if (holds_ > 0) return;
     std::erase_if(moving_, [&](const Moving& m) {
       if (!m.arrived.passed()) return false;
-      slots_.set(m.key.layer, m.key.expert, slots_.slot(m.slot));
+      slots_.set(m.in.layer, m.in.expert, slots_.slot(m.slot));
       placement_.arrived(m.slot);
+      leave_home(m);
       return true;
     });
+    settle();
     if (!transit || !moving_.empty()) return;
     const std::optional<ExpertPlacement::Exchange> exchange = placement_.exchange();
     if (!exchange) return;
     if (exchange->out.layer != ExpertPlacement::none) slots_.set(exchange->out.layer, exchange->out.expert, nullptr);
-    Moving& moving = moving_.emplace_back(Moving{exchange->in, exchange->slot, {}});
-    const ExpertView& view =
-        (*views_[static_cast<std::size_t>(exchange->in.layer)])[static_cast<std::size_t>(exchange->in.expert)];
-    transit_.bring(slots_.slot(exchange->slot), layers_[static_cast<std::size_t>(exchange->in.layer)].matrices, view,
-                   moving.arrived);
+    Moving& moving = moving_.emplace_back(Moving{exchange->in, exchange->out, exchange->slot, {}});
+    const ExpertView& view = view_of(exchange->in);
+    transit_.bring(slots_.slot(exchange->slot), layers_[static_cast<std::size_t>(exchange->in.layer)].matrices,
+                   {exchange->in.expert, view, shared(view)}, moving.arrived);
     statistics_.bytes_read += bytes_of(view);
   }
 
@@ -244,10 +265,42 @@ class PlacedExperts final : public cuda::CardExperts {
 
  private:
   struct Moving {
-    ExpertPlacement::Key key;
+    ExpertPlacement::Key in, out;
     int slot;
     cuda::StreamEvent arrived;
   };
+  // A place in this machine's memory whose expert has gone to the card; free when what was launched before has passed.
+  struct Home {
+    ExpertView place;
+    ExpertPlacement::Key next;  // who moves in
+    cuda::StreamEvent free;
+  };
+
+  void leave_home(const Moving& m) {
+    ExpertView& view = view_of(m.in);
+    const ExpertView place = std::exchange(view, view_in_file(m.in));
+    if (m.out.layer == ExpertPlacement::none || !host_.replaceable(place, view_in_file(m.out))) return;
+    homes_.push_back({place, m.out, {}});
+    homes_.back().free.record(*device_);
+  }
+  void settle() {
+    std::erase_if(homes_, [&](const Home& home) {
+      if (!home.free.passed()) return false;
+      if (!placement_.is_there(home.next.layer, home.next.expert))
+        view_of(home.next) = host_.replace(home.place, view_in_file(home.next), *team_);
+      return true;
+    });
+  }
+
+  ExpertView& view_of(ExpertPlacement::Key key) noexcept {
+    return views_[static_cast<std::size_t>(key.layer)][static_cast<std::size_t>(key.expert)];
+  }
+  const ExpertView& view_of(ExpertPlacement::Key key) const noexcept {
+    return views_[static_cast<std::size_t>(key.layer)][static_cast<std::size_t>(key.expert)];
+  }
+  const ExpertView& view_in_file(ExpertPlacement::Key key) const noexcept {
+    return in_file_[static_cast<std::size_t>(key.layer)][static_cast<std::size_t>(key.expert)];
+  }
 
   static std::vector<cuda::ExpertSlots::Class> slot_counts(const SlotClasses& classes, const CardPlan& plan) {
     std::vector<cuda::ExpertSlots::Class> counts;
@@ -269,10 +322,12 @@ class PlacedExperts final : public cuda::CardExperts {
   // A half of the transit memory, twice: the first time a file may have to be read.
   void measure_link() {
     std::vector<cuda::Transit::Expert> some;
-    const ExpertViews& views = *views_.front();
+    const ExpertViews& views = views_.front();
     double bytes = 0;
-    for (std::size_t e = 0; e < std::min(views.size(), static_cast<std::size_t>(transit_.slots_of_half())); ++e) {
-      some.push_back({static_cast<std::int32_t>(e), &views[e]});
+    // From the end: of what is not on the card, if there is something.
+    for (std::size_t e = views.size() - std::min(views.size(), static_cast<std::size_t>(transit_.slots_of_half()));
+         e < views.size(); ++e) {
+      some.push_back({static_cast<std::int32_t>(e), views[e], shared(views[e])});
       bytes += static_cast<double>(bytes_of(views[e]));
     }
     transit_.bring(0, nullptr, layers_.front().matrices, some);
@@ -337,13 +392,17 @@ class PlacedExperts final : public cuda::CardExperts {
   std::shared_ptr<cuda::Device> device_;
   int k_;
   cuda::OffloadWay forced_;
-  std::vector<const ExpertViews*> views_;  // of all layers, the MTP layer's last
-  std::vector<cuda::CudaExperts> layers_;
-  std::vector<double> expert_bytes_;  // of a layer's, in the file, on average
+  std::vector<ExpertViews> in_file_;                       // of all layers, the MTP layer's last
+  std::vector<cuda::CudaExperts> layers_, layers_of_few_;  // for many rows, for few
+  std::vector<double> expert_bytes_;                       // of a layer's, in the file, on average
   cuda::ExpertSlots slots_;
   cuda::Transit transit_;
 
-  mutable std::mutex mutex_;  // guards what follows, and the order in which tables change
+  mutable std::mutex mutex_;        // guards what follows, and the order in which tables change
+  std::vector<ExpertViews> views_;  // where they are now, if not on the card
+  cuda::HostExperts host_;
+  std::optional<cpu::Team> team_;
+  std::vector<Home> homes_;
   ExpertPlacement placement_;
   int trunk_;
   int holds_ = 0;
@@ -352,7 +411,6 @@ class PlacedExperts final : public cuda::CardExperts {
   double missed_share_ = 0;  // of picks
   ExpertStatistics statistics_;
   std::vector<std::int32_t> ids_, tokens_of_;
-  cuda::DeviceBytes zeros_;   // the slot of an expert that makes nothing of anything
   cuda::DeviceBytes counts_;  // [layers, experts]
   cuda::PinnedBytes counted_;
   cuda::StreamEvent counts_came_;
@@ -368,6 +426,7 @@ class CudaOffload {
     std::filesystem::path profile{};
     Progress on_load{};
     std::shared_ptr<Streaming> streaming{};
+    bool copy_to_host = false;  // experts that are not on the card, in large pages
   };
 
   CudaOffload(std::shared_ptr<cuda::Device> device, const Config& config, CardPlan plan, SlotClasses classes,
@@ -392,7 +451,8 @@ class CudaOffload {
       ExpertProfile profile;
       if (!options_.profile.empty()) profile = ExpertProfile::load(options_.profile);
       *experts_ = std::make_shared<PlacedExperts>(device_, views, k_, classes_, plan_, options_.way);
-      (*experts_)->fill(options_.profile.empty() ? nullptr : &profile, [&](std::uint64_t bytes) { told_of(bytes); });
+      (*experts_)->fill(options_.profile.empty() ? nullptr : &profile, options_.copy_to_host ? &*cpu_.team : nullptr,
+                        [&](std::uint64_t bytes) { told_of(bytes); });
     } catch (const Cancelled&) {
       throw;
     } catch (const Error& e) {
@@ -471,6 +531,12 @@ inline SlotClasses card_classes(const ModelWeights<Views>& weights) {
   return SlotClasses::of(bytes, static_cast<int>(weights.layers.front().mlp.experts.size()));
 }
 
+// Whether this machine's memory can hold the other experts a second time, beside the mapped file.
+inline bool host_has_room(const CardPlan& plan) {
+  const std::optional<std::uint64_t> spare = spare_memory();
+  return spare && plan.all_experts - plan.experts < *spare;
+}
+
 // Null if the card holds the whole model.
 inline std::unique_ptr<const Engine> make_offload_engine(const std::shared_ptr<cuda::Device>& device,
                                                          const Config& config, const ModelWeights<Views>& weights,
@@ -491,7 +557,10 @@ inline std::unique_ptr<const Engine> make_offload_engine(const std::shared_ptr<c
   std::string description = concat("cuda, ", device->properties().name, ", and cpu, ", cpu.kernels->name, ", ",
                                    cpu.threads, " threads", options.streaming ? ", experts streamed" : "");
   CudaOffload offload(device, config, plan, std::move(classes), std::move(cpu),
-                      {.profile = options.expert_profile, .on_load = options.on_load, .streaming = options.streaming});
+                      {.profile = options.expert_profile,
+                       .on_load = options.on_load,
+                       .streaming = options.streaming,
+                       .copy_to_host = !options.streaming && host_has_room(plan)});
   return std::make_unique<BackendEngine<OffloadCudaBackend, CudaOffload>>(
       config, weights, KvType::f16, std::move(offload), std::move(description), options.streaming);
 }

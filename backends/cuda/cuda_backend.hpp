@@ -238,6 +238,9 @@ class CudaBackend {
 
   cuda::Device& device() const noexcept { return *device_; }
 
+ protected:
+  bool gathering() const noexcept { return record_->gathering(); }
+
  private:
   // What the stream is to do next must come after what was gathered.
   void start_gathered() {

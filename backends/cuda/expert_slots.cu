@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cassert>
 
+#include "backends/cuda/host_experts.hpp"
 #include "backends/cuda/launch.cuh"
 
 namespace qwen3next::cuda {
@@ -38,6 +39,13 @@ void download(const Device& device, void* to, const void* from, std::size_t byte
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, device.stream()), "copying from the GPU");
 }
 
+bool share_with_card(std::byte* data, std::size_t size) noexcept {
+  if (cudaHostRegister(data, size, cudaHostRegisterPortable) == cudaSuccess) return true;
+  cudaGetLastError();
+  return false;
+}
+void take_from_card(std::byte* data) noexcept { cudaHostUnregister(data); }
+
 namespace {
 
 __device__ inline int thread() { return static_cast<int>(threadIdx.x); }
@@ -51,13 +59,13 @@ struct SlotEntries {
 };
 
 __global__ void write_slots_kernel(const std::byte** table, const std::byte* const* base, int experts,
-                                   SlotEntries entries) {
+                                   SlotEntries entries, const std::byte* absent) {
   wait_for_predecessor();
   let_successor_start();
-  for (int e = thread(); e < experts; e += static_cast<int>(blockDim.x)) table[e] = base ? base[e] : nullptr;
+  for (int e = thread(); e < experts; e += static_cast<int>(blockDim.x)) table[e] = base ? base[e] : absent;
   __syncthreads();
   for (int i = thread(); i < entries.count; i += static_cast<int>(blockDim.x))
-    table[entries.experts[i]] = entries.slots[i];
+    table[entries.experts[i]] = entries.slots[i] ? entries.slots[i] : absent;
 }
 
 __global__ void count_picks_kernel(const std::int32_t* ids, int picks, std::int32_t* counts) {
@@ -70,9 +78,7 @@ __global__ void count_picks_kernel(const std::int32_t* ids, int picks, std::int3
 // --- rows to the processor and back
 // -----------------------------------------------------------------------------------
 
-// The head of the pinned memory: the number of the last answer, times 2, plus 1 if there are sums; and of each row the
-// number of the exchange that it last came for.
-constexpr std::size_t head_bytes = 64;
+enum Answer : std::uint32_t { none_yet, nothing_to_add, sums_to_add };
 
 __device__ inline void store_release(std::uint32_t* at, std::uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
@@ -84,7 +90,7 @@ __device__ inline std::uint32_t load_acquire(const std::uint32_t* at) {
 }
 
 struct RowsThere {
-  std::uint32_t* arrived;  // [rows]
+  std::uint32_t* sent;  // [rows]
   std::int32_t* ids;
   float* weights;
   float* x;
@@ -92,8 +98,7 @@ struct RowsThere {
 };
 
 // A block a row.
-__global__ void send_rows(RowsThere to, CudaTensor x, Routing routing, const std::byte* const* table,
-                          std::uint32_t number) {
+__global__ void send_rows(RowsThere to, CudaTensor x, Routing routing, const std::byte* const* table) {
   wait_for_predecessor();
   let_successor_start();
   const auto row = static_cast<std::ptrdiff_t>(blockIdx.x);
@@ -110,23 +115,21 @@ __global__ void send_rows(RowsThere to, CudaTensor x, Routing routing, const std
   }
   __threadfence_system();
   __syncthreads();
-  if (thread() == 0) store_release(to.arrived + row, number);
+  if (thread() == 0) store_release(to.sent + row, 1);
 }
 
 // A block a row.  What comes next may start, and load its weights, while this one waits.
-__global__ void add_sums(CudaTensor x, const float* sums, std::ptrdiff_t stride, const std::uint32_t* answered,
-                         std::uint32_t number) {
+__global__ void add_sums(CudaTensor x, const float* sums, std::ptrdiff_t stride, std::uint32_t* answered) {
   wait_for_predecessor();
   let_successor_start();
+  const auto row = static_cast<std::ptrdiff_t>(blockIdx.x);
   __shared__ std::uint32_t answer;
   if (thread() == 0) {
-    std::uint32_t last = load_acquire(answered);
-    while (last >> 1 != number) last = load_acquire(answered);
-    answer = last;
+    while ((answer = load_acquire(answered + row)) == none_yet) continue;
+    store_release(answered + row, none_yet);
   }
   __syncthreads();
-  if ((answer & 1) == 0) return;
-  const auto row = static_cast<std::ptrdiff_t>(blockIdx.x);
+  if (answer == nothing_to_add) return;
   float* const to = x.data + row * x.stride;
   for (int c = 4 * thread(); c < x.n_cols; c += 4 * static_cast<int>(blockDim.x)) {
     const float4 v = __ldcv(reinterpret_cast<const float4*>(sums + row * stride + c));
@@ -140,7 +143,7 @@ std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 }  // namespace
 
 void write_slots(const Device& device, const std::byte** table, const std::byte* const* base, int experts,
-                 std::span<const SlotEntry> entries) {
+                 std::span<const SlotEntry> entries, const std::byte* absent) {
   SlotEntries some{};
   do {
     some.count = static_cast<int>(std::min<std::size_t>(entries.size(), most_slot_entries));
@@ -148,7 +151,7 @@ void write_slots(const Device& device, const std::byte** table, const std::byte*
       some.experts[i] = entries[static_cast<std::size_t>(i)].expert;
       some.slots[i] = entries[static_cast<std::size_t>(i)].slot;
     }
-    launch(device, write_slots_kernel, 1, 256, 0, table, base, experts, some);
+    launch(device, write_slots_kernel, 1, 256, 0, table, base, experts, some, absent);
     entries = entries.subspan(static_cast<std::size_t>(some.count));
     base = table;
   } while (!entries.empty());
@@ -164,10 +167,17 @@ void count_picks(const Device& device, const Routing& routing, std::int32_t* cou
 
 ExpertSlots::ExpertSlots(std::shared_ptr<Device> device, std::span<const Class> classes, int layers, int experts)
     : device_(std::move(device)),
+      layers_(layers),
       experts_(experts),
-      tables_(device_, static_cast<std::size_t>(layers) * static_cast<std::size_t>(experts) * sizeof(std::byte*),
+      tables_(device_, 2 * static_cast<std::size_t>(layers) * static_cast<std::size_t>(experts) * sizeof(std::byte*),
               "tables of experts") {
   device_->clear(tables_.data(), tables_.size());
+  std::size_t largest = 0;
+  for (const Class& c : classes) largest = std::max(largest, c.bytes);
+  zeros_ = DeviceBytes(device_, largest, "an expert of zeros");
+  device_->clear(zeros_.data(), largest);
+  for (int layer = 0; layer < layers; ++layer)
+    write_slots(*device_, row(layers + layer), nullptr, experts, {}, zeros_.data());
   for (std::size_t cls = 0; cls < classes.size(); ++cls) {
     const std::size_t bytes = aligned(classes[cls].bytes);
     for (int left = classes[cls].count; left > 0;) {
@@ -226,7 +236,7 @@ const std::byte* const* Transit::bring(int half, const std::byte* const* base, c
   std::vector<SlotEntry> entries;
   std::byte* slot = memory_.data() + static_cast<std::size_t>(half * slots_) * slot_bytes_;
   for (const Expert& e : experts) {
-    uploader_.expert(*e.view, layer, slot);
+    uploader_.expert(e.view, layer, slot, e.shared);
     entries.push_back({e.id, slot});
     slot += slot_bytes_;
   }
@@ -238,10 +248,10 @@ const std::byte* const* Transit::bring(int half, const std::byte* const* base, c
   return table;
 }
 
-void Transit::bring(std::byte* slot, const ExpertMatrices& layer, const ExpertView& view, StreamEvent& arrived) {
+void Transit::bring(std::byte* slot, const ExpertMatrices& layer, const Expert& expert, StreamEvent& arrived) {
   now_.record(*device_);
   now_.hold(*link_);
-  uploader_.expert(view, layer, slot);
+  uploader_.expert(expert.view, layer, slot, expert.shared);
   uploader_.finish();
   arrived.record(*link_);
 }
@@ -253,14 +263,14 @@ void RowExchange::reserve(int rows, int k, int width) {
   rows_ = std::max(rows, rows_), k_ = std::max(k, k_), width_ = std::max(width, width_);
   const auto n = static_cast<std::size_t>(rows_);
   stride_ = (static_cast<std::size_t>(width_) + 15) / 16 * 16;
-  ids_ = aligned(head_bytes + n * sizeof(std::uint32_t));
+  answered_ = aligned(n * sizeof(std::uint32_t));
+  ids_ = 2 * answered_;
   weights_ = ids_ + aligned(n * static_cast<std::size_t>(k_) * sizeof(std::int32_t));
   x_ = weights_ + aligned(n * static_cast<std::size_t>(k_) * sizeof(float));
   sums_ = x_ + aligned(n * stride_ * sizeof(float));
   memory_ = PinnedBytes();
   memory_ = PinnedBytes(sums_ + n * stride_ * sizeof(float));
   std::fill_n(memory_.data<std::uint32_t>(), ids_ / sizeof(std::uint32_t), std::uint32_t{0});
-  number_ = 0;
 }
 
 RowExchange::Rows RowExchange::rows(int rows, int k, int width) const noexcept {
@@ -275,31 +285,31 @@ RowExchange::Rows RowExchange::rows(int rows, int k, int width) const noexcept {
           reinterpret_cast<float*>(at + sums_)};
 }
 
-std::uint32_t RowExchange::send(CudaTensor x, const Routing& routing, const std::byte* const* table) {
-  number_ = (number_ + 1) & 0x7fffffff;
+void RowExchange::send(const Device& device, CudaTensor x, const Routing& routing,
+                       const std::byte* const* table) const {
   std::byte* const at = memory_.data();
-  const RowsThere to{reinterpret_cast<std::uint32_t*>(at + head_bytes), reinterpret_cast<std::int32_t*>(at + ids_),
-                     reinterpret_cast<float*>(at + weights_), reinterpret_cast<float*>(at + x_),
-                     static_cast<std::ptrdiff_t>(stride_)};
-  launch(*device_, send_rows, static_cast<unsigned>(x.n_rows), 256, 0, to, x, routing, table, number_);
-  return number_;
+  const RowsThere to{sent(), reinterpret_cast<std::int32_t*>(at + ids_), reinterpret_cast<float*>(at + weights_),
+                     reinterpret_cast<float*>(at + x_), static_cast<std::ptrdiff_t>(stride_)};
+  launch(device, send_rows, static_cast<unsigned>(x.n_rows), 256, 0, to, x, routing, table);
 }
 
-void RowExchange::add_answer(CudaTensor x, std::uint32_t number) {
-  launch(*device_, add_sums, static_cast<unsigned>(x.n_rows), 256, 0, x,
-         reinterpret_cast<const float*>(memory_.data() + sums_), static_cast<std::ptrdiff_t>(stride_),
-         memory_.data<std::uint32_t>(), number);
+void RowExchange::add_answer(const Device& device, CudaTensor x) const {
+  launch(device, add_sums, static_cast<unsigned>(x.n_rows), 256, 0, x,
+         reinterpret_cast<const float*>(memory_.data() + sums_), static_cast<std::ptrdiff_t>(stride_), answered());
 }
 
-bool RowExchange::arrived(std::uint32_t number, int rows) const noexcept {
-  auto* const arrived = reinterpret_cast<std::uint32_t*>(memory_.data() + head_bytes);
+bool RowExchange::arrived(int rows) const noexcept {
   for (int i = 0; i < rows; ++i)
-    if (std::atomic_ref(arrived[i]).load(std::memory_order_acquire) != number) return false;
+    if (std::atomic_ref(sent()[i]).load(std::memory_order_acquire) == 0) return false;
   return true;
 }
 
-void RowExchange::answer(std::uint32_t number, bool with_sums) noexcept {
-  std::atomic_ref(*memory_.data<std::uint32_t>()).store(number << 1 | (with_sums ? 1u : 0u), std::memory_order_release);
+void RowExchange::take(int rows) noexcept { std::fill_n(sent(), rows, std::uint32_t{0}); }
+
+void RowExchange::answer(int rows, bool with_sums) noexcept {
+  take(rows);
+  for (int i = 0; i < rows; ++i)
+    std::atomic_ref(answered()[i]).store(with_sums ? sums_to_add : nothing_to_add, std::memory_order_release);
 }
 
 }  // namespace qwen3next::cuda

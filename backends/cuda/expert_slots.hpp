@@ -47,14 +47,16 @@ struct SlotEntry {
 };
 inline constexpr int most_slot_entries = 64;
 
-// table [experts] = base (null: no slots), but for `entries`.  base may be the table itself.
+// table [experts] = base (null: `absent`), but for `entries`, of which null ones are `absent`, too.  base may be the
+// table itself.
 void write_slots(const Device& device, const std::byte** table, const std::byte* const* base, int experts,
-                 std::span<const SlotEntry> entries);
+                 std::span<const SlotEntry> entries, const std::byte* absent = nullptr);
 
 // counts [experts] += the picks of a routing.
 void count_picks(const Device& device, const Routing& routing, std::int32_t* counts);
 
-// The slots of all layers and their tables.  Slots come in chunks, which can be given back one by one.
+// The slots of all layers and their tables: for many rows, whose products leave out experts without a slot, and for few
+// rows, which take zeros for such an expert.  Slots come in chunks, which can be given back one by one.
 class ExpertSlots {
  public:
   static constexpr int chunk_slots = 16;
@@ -67,9 +69,11 @@ class ExpertSlots {
   ExpertSlots(std::shared_ptr<Device> device, std::span<const Class> classes, int layers, int experts);
 
   const std::byte* const* table(int layer) const noexcept { return row(layer); }
+  const std::byte* const* table_with_zeros(int layer) const noexcept { return row(layers_ + layer); }
   std::byte* slot(int i) const noexcept { return slots_[static_cast<std::size_t>(i)]; }
   void set(int layer, std::span<const SlotEntry> entries) {
     write_slots(*device_, row(layer), row(layer), experts_, entries);
+    write_slots(*device_, row(layers_ + layer), row(layers_ + layer), experts_, entries, zeros_.data());
   }
   void set(int layer, int expert, const std::byte* slot_or_null) {
     const SlotEntry entry{expert, slot_or_null};
@@ -95,8 +99,9 @@ class ExpertSlots {
   }
 
   std::shared_ptr<Device> device_;
-  int experts_;
-  DeviceBytes tables_;  // [layers, experts]
+  int layers_, experts_;
+  DeviceBytes tables_;  // [2, layers, experts]
+  DeviceBytes zeros_;   // the slot of an expert that makes nothing of anything
   std::vector<std::byte*> slots_;
   std::vector<Part> parts_;
 };
@@ -107,7 +112,8 @@ class Transit {
  public:
   struct Expert {
     std::int32_t id;
-    const ExpertView* view;
+    ExpertView view;
+    bool shared;  // the card may read it itself (host_experts.hpp)
   };
 
   Transit(std::shared_ptr<Device> device, int slots_of_half, std::size_t slot_bytes, int experts);
@@ -116,14 +122,14 @@ class Transit {
   int slots_of_half() const noexcept { return slots_; }
 
   // Products launched on the device's stream after this find these experts, at most slots_of_half(), in the table that
-  // it returns, beside those of `base` (null: none).  Returns when the views are not needed any more.
+  // it returns, beside those of `base` (null: none).  Views that are not shared are not needed any more then.
   const std::byte* const* bring(int half, const std::byte* const* base, const ExpertMatrices& layer,
                                 std::span<const Expert> experts);
   // All products that read this half have been launched.
   void used(int half) { used_[half].record(*device_); }
 
   // To a slot of its own, after all that was launched until now; when `arrived` has passed, it is there.
-  void bring(std::byte* slot, const ExpertMatrices& layer, const ExpertView& view, StreamEvent& arrived);
+  void bring(std::byte* slot, const ExpertMatrices& layer, const Expert& expert, StreamEvent& arrived);
 
   std::mutex mutex;  // whoever brings experts holds it
 
@@ -139,11 +145,10 @@ class Transit {
 
 // Rows that miss experts go to the processor, and what these make of them comes back, through pinned memory that the
 // card's kernels write and read: nothing is launched or copied for it but these kernels.  One exchange at a time, in
-// the order of the stream.
+// the order of the stream.  Of each row there are two flags: the card sets one when it sends the row and clears the
+// other when it has read the answer, the processor the other way round.
 class RowExchange {
  public:
-  explicit RowExchange(std::shared_ptr<Device> device) : device_(std::move(device)) {}
-
   struct Rows {
     int rows = 0, k = 0, width = 0;
     std::ptrdiff_t stride = 0;          // of x and sums
@@ -157,22 +162,25 @@ class RowExchange {
   void reserve(int rows, int k, int width);
   bool holds(int rows, int k, int width) const noexcept { return rows <= rows_ && k <= k_ && width <= width_; }
 
-  // Launches the way there.  Returns the number of the exchange.
-  std::uint32_t send(CudaTensor x, const Routing& routing, const std::byte* const* table);
+  // Launches the way there, for a processor that answers or just looks (take() then).
+  void send(const Device& device, CudaTensor x, const Routing& routing, const std::byte* const* table) const;
   // Launches the way back: waits for the answer and adds it to x.
-  void add_answer(CudaTensor x, std::uint32_t number);
+  void add_answer(const Device& device, CudaTensor x) const;
 
-  // The processor's side.
-  bool arrived(std::uint32_t number, int rows) const noexcept;
+  // The processor's side: whether so many rows are here; where; they were read; that and the answer.
+  bool arrived(int rows) const noexcept;
   Rows rows(int rows, int k, int width) const noexcept;
-  void answer(std::uint32_t number, bool with_sums) noexcept;
+  void take(int rows) noexcept;
+  void answer(int rows, bool with_sums) noexcept;
 
  private:
-  std::shared_ptr<Device> device_;
+  std::uint32_t* sent() const noexcept { return memory_.data<std::uint32_t>(); }  // [rows_]
+  std::uint32_t* answered() const noexcept { return reinterpret_cast<std::uint32_t*>(memory_.data() + answered_); }
+
   PinnedBytes memory_;
   int rows_ = 0, k_ = 0, width_ = 0;
-  std::uint32_t number_ = 0;
-  std::size_t ids_ = 0, weights_ = 0, x_ = 0, sums_ = 0, stride_ = 0;  // where they begin; stride in floats
+  std::size_t answered_ = 0, ids_ = 0, weights_ = 0, x_ = 0, sums_ = 0;  // where they begin
+  std::size_t stride_ = 0;                                               // of x and sums, in floats
 };
 
 }  // namespace qwen3next::cuda

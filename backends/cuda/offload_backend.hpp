@@ -29,9 +29,14 @@ namespace cuda {
 class SuppliedWaves final : public ExpertWaves {
  public:
   // `picks`: those to be supplied.  They are brought anew each time that the waves begin.
-  SuppliedWaves(Transit& transit, const CudaExperts& layer, ExpertSupply& supply,
-                std::span<const ExpertSupply::Pick> picks, int tokens)
-      : transit_(transit), layer_(layer), supply_(supply), picks_(picks), tokens_(tokens) {}
+  SuppliedWaves(CardExperts& experts, int layer, ExpertSupply& supply, std::span<const ExpertSupply::Pick> picks,
+                int tokens)
+      : experts_(experts),
+        transit_(experts.transit()),
+        layer_(experts.layer(layer, false)),
+        supply_(supply),
+        picks_(picks),
+        tokens_(tokens) {}
 
   const std::byte* const* next() override {
     if (!begun_) {
@@ -64,10 +69,12 @@ class SuppliedWaves final : public ExpertWaves {
       }
       const std::int32_t i = arrived_.front();
       arrived_ = arrived_.subspan(1);
-      batch_.push_back({picks_[static_cast<std::size_t>(i)].expert, &supply_.view(i)});
+      const ExpertView& view = supply_.view(i);
+      batch_.push_back({picks_[static_cast<std::size_t>(i)].expert, view, experts_.shared(view)});
     }
   }
 
+  const CardExperts& experts_;
   Transit& transit_;
   const CudaExperts& layer_;
   ExpertSupply& supply_;
@@ -96,6 +103,7 @@ class OffloadCudaBackend : public CudaBackend {
         processor_(
             std::make_unique<cuda::ProcessorExperts>(device, std::move(experts), cpu, std::move(processor_supply))),
         streamed_(std::move(card_supply)),
+        found_(std::make_unique<cuda::FoundExperts>(*card_)),
         scratch_(std::move(device)) {}
 
   void experts_add(Tensor x, Tensor h, Tensor logits, Routing& routing, const Experts& experts,
@@ -103,27 +111,39 @@ class OffloadCudaBackend : public CudaBackend {
     if (card_->complete(experts.layer)) {
       const cuda::HeldExperts held(*card_);
       if (card_->complete(experts.layer))
-        return add_on_card(x, h, logits, routing, card_->layer(experts.layer), shared, k, normalise);
+        return add_on_card(x, h, logits, routing, card_->layer(experts.layer, few(x)), shared, k, normalise);
     }
     switch (card_->way(experts.layer, x.n_rows)) {
       case cuda::OffloadWay::processor:
         return add_with_processor(x, h, logits, routing, experts.layer, shared, k, normalise);
       case cuda::OffloadWay::copy:
-        return add_with_copies(x, h, logits, routing, experts.layer, shared, k, normalise);
+        return at_once([&] { add_with_copies(x, h, logits, routing, experts.layer, shared, k, normalise); });
       default:
-        return add_streamed(x, h, logits, routing, experts.layer, shared, k, normalise);
+        return at_once([&] { add_streamed(x, h, logits, routing, experts.layer, shared, k, normalise); });
     }
   }
 
   void experts(Tensor out, Tensor x, const Experts& experts, const Routing& routing) {
-    with_missing(experts.layer, x.n_rows, [&](cuda::ExpertWaves& waves) {
-      cuda::experts_many(
-          device(), scratch_,
-          {.out = out, .x = x, .experts = &card_->layer(experts.layer), .routing = &routing, .waves = &waves});
+    at_once([&] {
+      with_missing(experts.layer, x.n_rows, [&](cuda::ExpertWaves& waves) {
+        const cuda::CudaExperts& all = card_->layer(experts.layer, false);
+        cuda::experts_many(device(), scratch_,
+                           {.out = out, .x = x, .experts = &all, .routing = &routing, .waves = &waves});
+      });
     });
   }
 
+  void end_pass() {
+    CudaBackend::end_pass();
+    hand_over();
+  }
+  void give_up_pass() noexcept {
+    CudaBackend::give_up_pass();
+    exchanges_.clear();
+  }
+
   std::span<const float> host(Tensor row) {
+    at_once([] {});
     processor_->drain();
     card_->between_passes();  // the card computes the head
     return CudaBackend::host(row);
@@ -140,7 +160,22 @@ class OffloadCudaBackend : public CudaBackend {
  private:
   using Pick = ExpertSupply::Pick;
 
-  // With experts->matrices.slots as they are: picks of experts without a slot count for nothing.
+  static bool few(const Tensor& x) noexcept { return x.n_rows <= cuda::max_few_rows; }
+
+  void hand_over() {
+    processor_->take(exchanges_);
+    exchanges_.clear();
+  }
+  // f(), and all that it launches, after what was gathered.
+  template <class F>
+  void at_once(F f) {
+    const bool gathered = gathering();
+    if (gathered) end_pass();
+    f();
+    if (gathered) begin_pass();
+  }
+
+  // Picks of experts that are not there count for nothing.
   void add_on_card(Tensor x, Tensor h, Tensor logits, Routing& routing, const cuda::CudaExperts& experts,
                    const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
     CudaBackend::experts_add(x, h, logits, routing, experts, shared, k, normalise);
@@ -151,17 +186,20 @@ class OffloadCudaBackend : public CudaBackend {
                           const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
     processor_->reserve(h.n_rows, k, h.n_cols);
     cuda::RowExchange& exchange = processor_->exchange();
-    const cuda::CudaExperts& experts = card_->layer(layer);
-    std::uint32_t number = 0;
+    const cuda::CudaExperts& experts = card_->layer(layer, few(h));
     {
       const cuda::HeldExperts held(*card_);
       router(routing, logits, k, normalise);
-      number = exchange.send(h, routing, experts.matrices.slots);
-      processor_->take(number, layer, h.n_rows, k, h.n_cols);
+      exchange.send(device(), h, routing, card_->table(layer));
+      exchanges_.push_back({layer, h.n_rows, k, h.n_cols});
+      if (!gathering()) hand_over();
       add_on_card(x, h, logits, routing, experts, shared, k, normalise);
     }
-    exchange.add_answer(x, number);
-    drain_if_files_can_fail();
+    exchange.add_answer(device(), x);
+    if (streamed_ && !streamed_->complete()) {  // what files throw is for the pass, whose caller goes back then
+      at_once([] {});
+      processor_->drain();
+    }
   }
 
   // Waits to know what is picked, copies that.
@@ -170,18 +208,17 @@ class OffloadCudaBackend : public CudaBackend {
     processor_->reserve(h.n_rows, k, h.n_cols);
     cuda::RowExchange& exchange = processor_->exchange();
     const cuda::HeldExperts held(*card_);
-    const cuda::CudaExperts& experts = card_->layer(layer);
+    const cuda::CudaExperts& experts = card_->layer(layer, few(h));
     router(routing, logits, k, normalise);
-    const std::uint32_t number = exchange.send(h, routing, experts.matrices.slots);
-    const cuda::RowExchange::Rows rows = processor_->wait_for_rows(number, h.n_rows, k, h.n_cols);
-    counter_.count(rows.ids, static_cast<std::ptrdiff_t>(h.n_rows) * k);
+    exchange.send(device(), h, routing, card_->table(layer));
+    processor_->wait_for_rows(h.n_rows, k, h.n_cols, counter_);
     card_->picked(layer, counter_.all(), counter_.missed(), h.n_rows);
     if (counter_.missed().empty()) return add_on_card(x, h, logits, routing, experts, shared, k, normalise);
 
     const std::lock_guard lock(card_->transit().mutex);
     Supply supply(*this, layer);
     cuda::Transit& transit = card_->transit();
-    cuda::SuppliedWaves waves(transit, experts, *supply, counter_.missed(), h.n_rows);
+    cuda::SuppliedWaves waves(*card_, layer, *supply, counter_.missed(), h.n_rows);
     if (h.n_rows > cuda::max_few_rows ||
         counter_.missed().size() > 2 * static_cast<std::size_t>(transit.slots_of_half()))
       return add_many(x, h, routing, experts, shared, waves);
@@ -191,7 +228,7 @@ class OffloadCudaBackend : public CudaBackend {
 
   // The experts on the card and those that are missed, in one table.
   cuda::CudaExperts all_at_once(int layer, ExpertSupply& supply) {
-    cuda::CudaExperts all = card_->layer(layer);
+    cuda::CudaExperts all = card_->layer(layer, true);
     cuda::Transit& transit = card_->transit();
     const auto most = static_cast<std::size_t>(transit.slots_of_half());
     int half = 0;
@@ -203,7 +240,8 @@ class OffloadCudaBackend : public CudaBackend {
     for (auto wave = supply.next_wave(); wave.begin < wave.end; wave = supply.next_wave()) {
       for (auto arrived = supply.arrived(); !arrived.empty(); arrived = supply.arrived()) {
         for (const std::int32_t i : arrived) {
-          copies_.push_back({counter_.missed()[static_cast<std::size_t>(i)].expert, &supply.view(i)});
+          const ExpertView& view = supply.view(i);
+          copies_.push_back({counter_.missed()[static_cast<std::size_t>(i)].expert, view, card_->shared(view)});
           if (copies_.size() == most) bring();
         }
       }
@@ -217,7 +255,7 @@ class OffloadCudaBackend : public CudaBackend {
     router(routing, logits, k, normalise);
     cuda::count_picks(device(), routing, card_->counts(layer, h.n_rows));
     with_missing(layer, h.n_rows,
-                 [&](cuda::ExpertWaves& waves) { add_many(x, h, routing, card_->layer(layer), shared, waves); });
+                 [&](cuda::ExpertWaves& waves) { add_many(x, h, routing, card_->layer(layer, false), shared, waves); });
   }
 
   // f(waves): all that the layer is missing.
@@ -229,16 +267,12 @@ class OffloadCudaBackend : public CudaBackend {
     picks_.clear();
     for (const std::int32_t id : missing_) picks_.push_back({id, rows});
     Supply supply(*this, layer);
-    cuda::SuppliedWaves waves(card_->transit(), card_->layer(layer), *supply, picks_, rows);
+    cuda::SuppliedWaves waves(*card_, layer, *supply, picks_, rows);
     const auto start = std::chrono::steady_clock::now();
     f(waves);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    double bytes = 0;
-    for (const std::int32_t id : missing_) {
-      const ExpertView& e = card_->views(layer)[static_cast<std::size_t>(id)];
-      bytes += static_cast<double>(e.gate.bytes() + e.up.bytes() + e.down.bytes());
-    }
-    if (bytes > 0) card_->link_took(seconds.count(), bytes);
+    if (!missing_.empty())
+      card_->link_took(seconds.count(), static_cast<double>(missing_.size()) * card_->bytes_of_one(layer));
   }
 
   void add_many(Tensor x, Tensor h, const Routing& routing, const cuda::CudaExperts& experts,
@@ -266,34 +300,30 @@ class OffloadCudaBackend : public CudaBackend {
       if (be.streamed_)
         be.streamed_->choose(layer);
       else
-        be.mapped_.choose(be.card_->views(layer));
+        be.found_->choose(layer);
     }
     ~Supply() {
       if (be_.streamed_) be_.streamed_->end();
     }
     Supply(const Supply&) = delete;
     ExpertSupply& operator*() const noexcept {
-      return be_.streamed_ ? static_cast<ExpertSupply&>(*be_.streamed_) : be_.mapped_;
+      return be_.streamed_ ? static_cast<ExpertSupply&>(*be_.streamed_) : *be_.found_;
     }
 
    private:
     OffloadCudaBackend& be_;
   };
 
-  // What a supply threw is to be thrown by the pass, whose caller then goes back to the state before it.
-  void drain_if_files_can_fail() {
-    if (streamed_ && !streamed_->complete()) processor_->drain();
-  }
-
   std::shared_ptr<cuda::CardExperts> card_;
   std::unique_ptr<cuda::ProcessorExperts> processor_;
   std::unique_ptr<StreamedExperts> streamed_;
-  ResidentExperts mapped_;
+  std::unique_ptr<cuda::FoundExperts> found_;
   cuda::DeviceScratch scratch_;
   cuda::PickCounter counter_;
   std::vector<std::int32_t> missing_;
   std::vector<Pick> picks_;
   std::vector<cuda::Transit::Expert> copies_;
+  std::vector<cuda::ProcessorExperts::Job> exchanges_;  // that were launched, or gathered to be
 };
 
 }  // namespace qwen3next

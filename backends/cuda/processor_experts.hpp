@@ -10,6 +10,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -57,7 +58,7 @@ class ProcessorExperts {
         experts_(std::move(experts)),
         cpu_(options),
         supply_(std::move(supply)),
-        exchange_(device_),
+        found_(*experts_),
         thread_([this] { work(); }) {}
   ~ProcessorExperts() {
     try {
@@ -83,11 +84,14 @@ class ProcessorExperts {
     exchange_.reserve(rows, k, width);
   }
 
-  // An exchange was launched: it is to be answered.
-  void take(std::uint32_t number, int layer, int rows, int k, int width) {
+  struct Job {
+    int layer, rows, k, width;
+  };
+  // These exchanges were launched: they are to be answered.
+  void take(std::span<const Job> jobs) {
     {
       const std::lock_guard lock(mutex_);
-      jobs_.push_back({number, layer, rows, k, width});
+      jobs_.insert(jobs_.end(), jobs.begin(), jobs.end());
     }
     changed_.notify_all();
   }
@@ -108,21 +112,19 @@ class ProcessorExperts {
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
-  // For whoever waits for rows itself.
-  RowExchange::Rows wait_for_rows(std::uint32_t number, int rows, int k, int width) {
-    for (int looks = 1; !exchange_.arrived(number, rows); ++looks) {
+  // For whoever looks at rows himself and gives no answer: counts their picks.
+  void wait_for_rows(int rows, int k, int width, PickCounter& counter) {
+    drain();  // what arrives before is another's
+    for (int looks = 1; !exchange_.arrived(rows); ++looks) {
       if (looks % 65536 == 0) check_running(*device_);
       pause();
     }
-    return exchange_.rows(rows, k, width);
+    counter.count(exchange_.rows(rows, k, width).ids, static_cast<std::ptrdiff_t>(rows) * k);
+    exchange_.take(rows);
   }
 
  private:
   using Clock = std::chrono::steady_clock;
-  struct Job {
-    std::uint32_t number;
-    int layer, rows, k, width;
-  };
 
   static void pause() noexcept {
 #if defined(__x86_64__)
@@ -139,14 +141,14 @@ class ProcessorExperts {
         if (stopping_) return;
         job = jobs_.front();
       }
-      while (!exchange_.arrived(job.number, job.rows) && !abandoned_) pause();
+      while (!exchange_.arrived(job.rows) && !abandoned_) pause();
       try {
         if (abandoned_ || failure_)
-          exchange_.answer(job.number, false);
+          exchange_.answer(job.rows, false);
         else
           answer(job);
       } catch (...) {
-        exchange_.answer(job.number, false);
+        exchange_.answer(job.rows, false);
         const std::lock_guard lock(mutex_);
         failure_ = std::current_exception();
       }
@@ -162,7 +164,7 @@ class ProcessorExperts {
     counter_.count(rows.ids, picks);
     const std::span<const ExpertSupply::Pick> missed = counter_.missed();
     if (missed.empty()) {
-      exchange_.answer(job.number, false);
+      exchange_.answer(job.rows, false);
     } else {
       const Clock::time_point start = Clock::now();
       routing_.rows = job.rows, routing_.k = job.k;
@@ -170,12 +172,11 @@ class ProcessorExperts {
       routing_.weights.assign(rows.weights, rows.weights + picks);
       const HostTensor x{rows.x, job.rows, job.width, rows.stride}, sums{rows.sums, job.rows, job.width, rows.stride};
       compute(job.layer, sums, x);
-      exchange_.answer(job.number, true);
+      exchange_.answer(job.rows, true);
       const std::chrono::duration<double> seconds = Clock::now() - start;
       double bytes = 0, products = 0;
       for (const ExpertSupply::Pick& pick : missed) {
-        const ExpertView& e = experts_->views(job.layer)[static_cast<std::size_t>(pick.expert)];
-        const auto size = static_cast<double>(e.gate.bytes() + e.up.bytes() + e.down.bytes());
+        const double size = experts_->bytes_of_one(job.layer);
         bytes += size, products += size * pick.tokens;
       }
       experts_->processor_took(seconds.count(), bytes, products);
@@ -185,8 +186,8 @@ class ProcessorExperts {
 
   void compute(int layer, const HostTensor& sums, const HostTensor& x) {
     if (!supply_) {
-      resident_.choose(experts_->views(layer));
-      return cpu_.experts_from(resident_, sums, x, routing_);
+      found_.choose(layer);
+      return cpu_.experts_from(found_, sums, x, routing_);
     }
     struct End {
       StreamedExperts& supply;
@@ -200,7 +201,7 @@ class ProcessorExperts {
   std::shared_ptr<CardExperts> experts_;
   CpuBackend cpu_;
   std::unique_ptr<StreamedExperts> supply_;
-  ResidentExperts resident_;
+  FoundExperts found_;
   RowExchange exchange_;
   HostRouting routing_;
   PickCounter counter_;

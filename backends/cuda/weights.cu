@@ -25,6 +25,7 @@ struct Uploader::Staging {
   struct Piece {
     const std::byte* from;
     std::size_t bytes, at;
+    bool shared;  // copied by the card itself
   };
   struct Job {
     DType type;
@@ -79,6 +80,7 @@ struct Uploader::Staging {
     };
     std::vector<Part> parts;
     for (const Piece& p : pieces) {
+      if (p.shared) continue;
       for (std::size_t done = 0; done < p.bytes; done += share) {
         parts.push_back({p.from + done, ring[current].host + p.at + done, std::min(share, p.bytes - done)});
       }
@@ -89,7 +91,7 @@ struct Uploader::Staging {
         std::memcpy(parts[i].to, parts[i].from, parts[i].bytes);
       }
     };
-    const std::size_t threads = std::min<std::size_t>({8, std::thread::hardware_concurrency(), used / share});
+    const std::size_t threads = std::min<std::size_t>({16, std::thread::hardware_concurrency(), parts.size()});
     std::vector<std::jthread> helpers;
     for (std::size_t i = 1; i < threads; ++i) helpers.emplace_back(work);
     work();
@@ -100,8 +102,18 @@ struct Uploader::Staging {
     Buffer& b = ring[current];
     check(cudaEventSynchronize(b.free), "work on the GPU");
     gather();
-    check(cudaMemcpyAsync(b.card.data(), b.host, used, cudaMemcpyHostToDevice, device->stream()),
-          "copying weights to the GPU");
+    for (std::size_t i = 0, next = 0; i < pieces.size(); i = next) {  // neighbours at once
+      const Piece& first = pieces[i];
+      std::size_t bytes = first.bytes;
+      for (next = i + 1; next < pieces.size() && pieces[next].shared == first.shared; ++next) {
+        const Piece& p = pieces[next];
+        if (p.shared && (p.from != first.from + bytes || p.at != first.at + bytes)) break;
+        bytes = p.at + p.bytes - first.at;
+      }
+      check(cudaMemcpyAsync(b.card.data() + first.at, first.shared ? first.from : b.host + first.at, bytes,
+                            cudaMemcpyHostToDevice, device->stream()),
+            "copying weights to the GPU");
+    }
     for (Job& job : jobs) {
       job.raw.data = b.card.data() + job.at;
       if (job.factors_at) job.raw.factors = reinterpret_cast<const float*>(b.card.data() + job.factors_at);
@@ -150,7 +162,7 @@ Uploader::~Uploader() = default;
 
 void Uploader::finish() { staging_->send(); }
 
-void Uploader::add(const WeightView& v, std::byte* to) {
+void Uploader::add(const WeightView& v, std::byte* to, bool shared) {
   Staging& s = *staging_;
   const std::size_t row_bytes = v.row_bytes();
   const std::size_t factor_bytes = v.grid.data ? static_cast<std::size_t>(grid_columns(v)) * sizeof(float) : 0;
@@ -173,13 +185,13 @@ void Uploader::add(const WeightView& v, std::byte* to) {
     for (int r = begin, rows = 0; r < begin + count; r += rows) {  // neighbours of a group at once
       rows = std::min(v.group_rows - r % v.group_rows, begin + count - r);
       s.pieces.push_back({v.row(r), static_cast<std::size_t>(rows) * row_bytes,
-                          job.at + static_cast<std::size_t>(r - begin) * row_bytes});
+                          job.at + static_cast<std::size_t>(r - begin) * row_bytes, shared});
     }
     if (factor_bytes) {
       const auto& factors = s.factors.emplace_back(grid_factors(v, begin, count));
       job.factors_at = s.take(factors.size() * sizeof(float));
       s.pieces.push_back(
-          {reinterpret_cast<const std::byte*>(factors.data()), factors.size() * sizeof(float), job.factors_at});
+          {reinterpret_cast<const std::byte*>(factors.data()), factors.size() * sizeof(float), job.factors_at, false});
     }
     s.jobs.push_back(job);
   }
@@ -210,9 +222,9 @@ ExpertMatrices expert_matrices(const ExpertViews& views) {
   return m;
 }
 
-void Uploader::expert(const ExpertView& e, const ExpertMatrices& m, std::byte* slot) {
+void Uploader::expert(const ExpertView& e, const ExpertMatrices& m, std::byte* slot, bool shared) {
   assert(e.gate.type == m.gate.type && e.up.type == m.up.type && e.down.type == m.down.type);
-  add(e.gate, slot), add(e.up, slot + m.up_at), add(e.down, slot + m.down_at);
+  add(e.gate, slot, shared), add(e.up, slot + m.up_at, shared), add(e.down, slot + m.down_at, shared);
 }
 
 CudaExperts Uploader::experts(const ExpertViews& views) {

@@ -71,8 +71,7 @@ struct CudaVector {
 // What kernels know of the experts of a layer.  Expert e lies in one slot: gate, up and down one behind the other, at
 // the same places for all.  A slot may move between launches.
 struct ExpertMatrices {
-  const std::byte* const* slots = nullptr;  // [count], on the card; null: an expert that is not there
-  const std::byte* absent = nullptr;        // zeros: what few rows take for the slot of such an expert
+  const std::byte* const* slots = nullptr;  // [count], on the card; null, for many rows: an expert that is not there
   const float* scales = nullptr;            // [count, 3] of gate, up, down, on the card; null: all are 1
   int count = 0;
   Matrix gate, up, down;  // of expert 0 but for data, which is null, and scale, which is 1
@@ -83,7 +82,6 @@ struct ExpertMatrices {
     m.data = slot + at;
     return m;
   }
-  QWEN3NEXT_DEVICE const std::byte* slot_or_zeros(int e) const noexcept { return slots[e] ? slots[e] : absent; }
   std::size_t slot_bytes() const noexcept { return down_at + down.bytes(); }
 };
 
@@ -91,7 +89,7 @@ struct CudaExperts {
   ExpertMatrices matrices;
   std::shared_ptr<const DeviceBytes> memory;  // all slots
   std::shared_ptr<const DeviceBytes> tables;  // slots, scales
-  bool complete = true;  // else some have no slot (null): their picks count for nothing
+  bool complete = true;  // else some slots are null: their picks count for nothing
 };
 
 // Takes weights to the card.  Views must stay readable until finish().
@@ -104,14 +102,15 @@ class Uploader {
   CudaWeight weight(const WeightView& view);
   CudaVector vector(const VectorView& view);
   CudaExperts experts(const ExpertViews& views);
-  void expert(const ExpertView& view, const ExpertMatrices& layer, std::byte* slot);
+  // `shared`: the card may read the view's memory itself, until what was sent has passed.
+  void expert(const ExpertView& view, const ExpertMatrices& layer, std::byte* slot, bool shared = false);
 
   // Sends off what still waits.  What is launched after this finds the weights; throws Error if the card failed.
   void finish();
 
  private:
   struct Staging;
-  void add(const WeightView& view, std::byte* to);
+  void add(const WeightView& view, std::byte* to, bool shared = false);
 
   std::shared_ptr<Device> device_;
   std::unique_ptr<Staging> staging_;
