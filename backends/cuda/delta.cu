@@ -11,14 +11,12 @@ namespace {
 
 constexpr int most_few_rows = 8;
 constexpr int batch_segments = 64;
-constexpr int batch_blocks = 4;  // that share a multiprocessor
 
 // ---- One launch for few rows
 // -----------------------------------------------------------------------------------------
 
 constexpr int few_columns = 32, few_taps = 4;
-constexpr int state_threads = 8 * few_columns;  // then a warp for the columns' own channels, and one for the gates
-constexpr int few_threads = state_threads + 64;
+constexpr int state_threads = 4 * few_columns;
 
 struct FewRows {
   const float* x;      // [T, channels] input of the convolution; its output if taps is null
@@ -30,113 +28,142 @@ struct FewRows {
   bool wait_first;  // the kernel before may have written the state
 };
 
-// A thread block owns `few_columns` rows of the transposed state of a head: 8 lanes a row, in registers.  What its head
-// needs of the convolution it computes itself, a channel a thread, as the other blocks of the head do; one of them
-// keeps it.
+// A thread block owns `few_columns` rows of the transposed state of a head, in registers of `state_threads` threads: 8
+// lanes for two rows.  What its head needs of the convolution it computes itself, as the other blocks of the head do;
+// one of them keeps it.  A single sequence waits for its one block: it has a thread for each channel, and a warp for
+// the gates.  In a batch there are other blocks to run.
 //
 // Every sum has an order of its own, whatever the number of rows, and each product is rounded as written here: rows
 // that come together are bit for bit rows that come one by one.
+template <int N>
+constexpr int few_threads = N == 1 ? 320 : 160;
+
 template <int Dk, int N>
-__global__ void __launch_bounds__(few_threads, N == 1 ? 1 : batch_blocks)
+__global__ void __launch_bounds__(few_threads<N>, N == 1 ? 1 : 4)
     few_rows(const FewRows p, const __grid_constant__ DeltaBatch<N> batch) {
   constexpr int quads = Dk / 32, width = 2 * Dk + few_columns, window = few_taps - 1;
+  constexpr int threads = few_threads<N>, slots = (width + threads - 1) / threads;
   __shared__ __align__(16) float conv[most_few_rows][width];
   __shared__ float2 gates[most_few_rows];  // beta, exp(g)
 
-  DeltaRows d = batch.rows[N == 1 ? 0 : blockIdx.y];
+  const DeltaRows& d = batch.rows[N == 1 ? 0 : blockIdx.y];
   const int tid = static_cast<int>(threadIdx.x), groups = p.value_dim / few_columns;
   const int head = static_cast<int>(blockIdx.x) / groups, group = static_cast<int>(blockIdx.x) % groups;
   const int ratio = p.value_heads / p.key_heads, key_head = head / ratio;
-  const int v = tid / 8, part = tid % 8, C = p.channels;
+  const int v = tid / 32 * 8 + tid % 32 / 8, part = tid % 8, C = p.channels;  // rows v, v + 4
   const int column = head * p.value_dim + group * few_columns;
-  const bool has_state = tid < state_threads, has_channel = tid < 2 * Dk || tid / 32 == state_threads / 32;
-  const int c = tid < 2 * Dk ? tid : tid - state_threads + 2 * Dk;  // of `width`
-  const int channel = c < Dk       ? key_head * Dk + c
-                      : c < 2 * Dk ? (p.key_heads + key_head - 1) * Dk + c
-                                   : 2 * p.key_heads * Dk + column + c - 2 * Dk;
-  const bool keeper = c >= 2 * Dk || (head % ratio == 0 && group == 0);  // of this channel's window and journal
+  const bool has_state = tid < state_threads;
+  const auto has_channel = [&](int s) { return tid + s * threads < width; };
+  const auto channel_of = [&](int s) {
+    const int c = tid + s * threads;
+    return c < Dk       ? key_head * Dk + c
+           : c < 2 * Dk ? (p.key_heads + key_head - 1) * Dk + c
+                        : 2 * p.key_heads * Dk + column + c - 2 * Dk;
+  };
 
   if (p.wait_first) wait_for_predecessor();
-  if (d.turn) d.take_turn();
   float* const S_row = d.S + (static_cast<std::size_t>(column) + static_cast<std::size_t>(v)) * Dk + part * 4;
-  float4 S[quads];
+  float4 S[2][quads];
   if (has_state) {
 #pragma unroll
-    for (int j = 0; j < quads; ++j) S[j] = *reinterpret_cast<const float4*>(S_row + j * 32);
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < quads; ++j) S[i][j] = *reinterpret_cast<const float4*>(S_row + i * 4 * Dk + j * 32);
+    }
   }
   const auto store = [&] {
 #pragma unroll
-    for (int j = 0; j < quads; ++j) *reinterpret_cast<float4*>(S_row + j * 32) = S[j];
-  };
-  float past[window], taps[few_taps], A = 0, dt_bias = 0;
-  if (has_channel) {
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int j = 0; j < window; ++j) past[j] = past_input(d, few_taps, C, j, channel);
-  }
-  if (p.taps) {
-    if (has_channel) {
-      const float4 t = *reinterpret_cast<const float4*>(p.taps + channel * few_taps);
-      taps[0] = t.x, taps[1] = t.y, taps[2] = t.z, taps[3] = t.w;
+      for (int j = 0; j < quads; ++j) *reinterpret_cast<float4*>(S_row + i * 4 * Dk + j * 32) = S[i][j];
     }
-    A = p.A[head], dt_bias = p.dt_bias[head];
+  };
+  float past[slots][window], taps[slots][few_taps], A = 0, dt_bias = 0;
+#pragma unroll
+  for (int s = 0; s < slots; ++s) {
+    if (!has_channel(s)) continue;
+#pragma unroll
+    for (int j = 0; j < window; ++j) past[s][j] = past_input(d, few_taps, C, j, channel_of(s));
+    if (p.taps) {
+      const float4 t = *reinterpret_cast<const float4*>(p.taps + channel_of(s) * few_taps);
+      taps[s][0] = t.x, taps[s][1] = t.y, taps[s][2] = t.z, taps[s][3] = t.w;
+    }
   }
+  if (p.taps) A = p.A[head], dt_bias = p.dt_bias[head];
 
   // With r = 1 / |k|, a = exp(g):  d = beta (v - a r S k),  S' = a S + d r k,  S' q = a S q + d r (k . q).
   // So one pass over S gives all that the update and the output need.
-  const auto step = [&](int row) {
+  const auto step = [&](int row, float(&out)[2]) {
     const float* x = conv[row];
-    const auto key = [&](int j) { return *reinterpret_cast<const float4*>(x + Dk + j * 32 + part * 4); };
-    float sk = 0, sq = 0, kq = 0, kk = 0, qq = 0;
-    const auto add = [&](float s, float k, float q) {
-      sk = __fmaf_rn(s, k, sk), sq = __fmaf_rn(s, q, sq), kq = __fmaf_rn(k, q, kq);
-      kk = __fmaf_rn(k, k, kk), qq = __fmaf_rn(q, q, qq);
+    float4 k[quads];
+    float sk[2] = {}, sq[2] = {}, kq = 0, kk = 0, qq = 0;
+    const auto add = [&](float s0, float s1, float key, float query) {
+      sk[0] = __fmaf_rn(s0, key, sk[0]), sk[1] = __fmaf_rn(s1, key, sk[1]);
+      sq[0] = __fmaf_rn(s0, query, sq[0]), sq[1] = __fmaf_rn(s1, query, sq[1]);
+      kq = __fmaf_rn(key, query, kq), kk = __fmaf_rn(key, key, kk), qq = __fmaf_rn(query, query, qq);
     };
 #pragma unroll
     for (int j = 0; j < quads; ++j) {
-      const float4 q = *reinterpret_cast<const float4*>(x + j * 32 + part * 4), k = key(j);
-      add(S[j].x, k.x, q.x), add(S[j].y, k.y, q.y), add(S[j].z, k.z, q.z), add(S[j].w, k.w, q.w);
+      const float4 q = *reinterpret_cast<const float4*>(x + j * 32 + part * 4);
+      k[j] = *reinterpret_cast<const float4*>(x + Dk + j * 32 + part * 4);
+      add(S[0][j].x, S[1][j].x, k[j].x, q.x), add(S[0][j].y, S[1][j].y, k[j].y, q.y);
+      add(S[0][j].z, S[1][j].z, k[j].z, q.z), add(S[0][j].w, S[1][j].w, k[j].w, q.w);
     }
+    const auto sum_lanes = [](float& sum, int offset) {
+      sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffff, sum, offset));
+    };
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) {
-      sk = __fadd_rn(sk, __shfl_xor_sync(0xffffffff, sk, offset));
-      sq = __fadd_rn(sq, __shfl_xor_sync(0xffffffff, sq, offset));
-      kq = __fadd_rn(kq, __shfl_xor_sync(0xffffffff, kq, offset));
-      kk = __fadd_rn(kk, __shfl_xor_sync(0xffffffff, kk, offset));
-      qq = __fadd_rn(qq, __shfl_xor_sync(0xffffffff, qq, offset));
+      sum_lanes(sk[0], offset), sum_lanes(sk[1], offset), sum_lanes(kk, offset), sum_lanes(kq, offset);
+      sum_lanes(sq[0], offset), sum_lanes(sq[1], offset), sum_lanes(qq, offset);
     }
     const float rk = rsqrtf(__fadd_rn(kk, 1e-6f));
     const float rq = rsqrtf(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(Dk)));
     const auto [beta, decay] = gates[row];
-    const float known = __fmul_rn(__fmul_rn(decay, rk), sk);
-    const float delta = __fmul_rn(__fmul_rn(beta, __fsub_rn(x[2 * Dk + v], known)), rk);
+    const auto update = [&](float& s, float delta, float key) { s = __fmaf_rn(delta, key, __fmul_rn(decay, s)); };
 #pragma unroll
-    for (int j = 0; j < quads; ++j) {
-      const float4 k = key(j);
-      S[j].x = __fmaf_rn(delta, k.x, __fmul_rn(decay, S[j].x));
-      S[j].y = __fmaf_rn(delta, k.y, __fmul_rn(decay, S[j].y));
-      S[j].z = __fmaf_rn(delta, k.z, __fmul_rn(decay, S[j].z));
-      S[j].w = __fmaf_rn(delta, k.w, __fmul_rn(decay, S[j].w));
+    for (int i = 0; i < 2; ++i) {
+      const float known = __fmul_rn(__fmul_rn(decay, rk), sk[i]);
+      const float delta = __fmul_rn(__fmul_rn(beta, __fsub_rn(x[2 * Dk + v + 4 * i], known)), rk);
+      out[i] = __fmul_rn(rq, __fmaf_rn(delta, kq, __fmul_rn(decay, sq[i])));
+#pragma unroll
+      for (int j = 0; j < quads; ++j) {
+        update(S[i][j].x, delta, k[j].x), update(S[i][j].y, delta, k[j].y);
+        update(S[i][j].z, delta, k[j].z), update(S[i][j].w, delta, k[j].w);
+      }
     }
-    return __fmul_rn(rq, __fmaf_rn(delta, kq, __fmul_rn(decay, sq)));
   };
 
-  const int gate_row = tid - (few_threads - 32);
+  const int gate_row = tid - (threads - 32);
+  float o[2];
   if (d.pending > 0) {
-    if (has_channel) {
-      for (int row = 0; row < d.pending; ++row) conv[row][c] = Journal::outputs(d.journal, row, C)[channel];
+#pragma unroll
+    for (int s = 0; s < slots; ++s) {
+      for (int row = 0; row < d.pending && has_channel(s); ++row)
+        conv[row][tid + s * threads] = Journal::outputs(d.journal, row, C)[channel_of(s)];
     }
     if (gate_row >= 0 && gate_row < d.pending) {
       gates[gate_row] = {Journal::beta(d.journal, gate_row, C, p.value_heads)[head],
                          expf(Journal::g(d.journal, gate_row, C, p.value_heads)[head])};
     }
     __syncthreads();
-    for (int row = 0; row < d.pending && has_state; ++row) step(row);
+    for (int row = 0; row < d.pending && has_state; ++row) step(row, o);
     __syncthreads();
   }
 
   if (!p.wait_first) wait_for_predecessor();
   let_successor_start();
 
+  constexpr int ahead = N == 1 ? most_few_rows : 1;  // rows read at once
+  const auto input = [&](int s, int row) { return p.x[(d.begin + row) * p.x_stride + channel_of(s)]; };
+  float fresh[slots][ahead];
+#pragma unroll
+  for (int s = 0; s < slots; ++s) {
+#pragma unroll
+    for (int row = 0; row < ahead; ++row) {
+      if (row < d.count && has_channel(s)) fresh[s][row] = input(s, row);
+    }
+  }
   if (gate_row >= 0 && gate_row < d.count) {
     float beta = p.b[(d.begin + gate_row) * p.b_stride + head], g = p.a[(d.begin + gate_row) * p.a_stride + head];
     if (p.taps) beta = sigmoid(beta), g = __fmul_rn(A, softplus(__fadd_rn(g, dt_bias)));
@@ -146,26 +173,24 @@ __global__ void __launch_bounds__(few_threads, N == 1 ? 1 : batch_blocks)
       Journal::g(d.next_journal, gate_row, C, p.value_heads)[head] = g;
     }
   }
-  if (has_channel) {
-    constexpr int ahead = N == 1 ? most_few_rows : 1;  // rows read at once: a batch has other thread blocks to run
-    const auto input = [&](int row) { return p.x[(d.begin + row) * p.x_stride + channel]; };
-    float fresh[ahead], last[window];  // of the window after the rows
 #pragma unroll
-    for (int row = 0; row < ahead; ++row) {
-      if (row < d.count) fresh[row] = input(row);
-    }
+  for (int s = 0; s < slots; ++s) {
+    if (!has_channel(s)) continue;
+    const int c = tid + s * threads, channel = channel_of(s);
+    const bool keeper = c >= 2 * Dk || (head % ratio == 0 && group == 0);  // of this channel's window and journal
+    float last[window];                                                    // of the window after the rows
 #pragma unroll
-    for (int j = 0; j < window; ++j) last[j] = past[j];
+    for (int j = 0; j < window; ++j) last[j] = past[s][j];
 #pragma unroll(ahead)
     for (int row = 0; row < most_few_rows; ++row) {
       if (row >= d.count) break;
-      const float x = N == 1 || row == 0 ? fresh[N == 1 ? row : 0] : input(row);
+      const float x = N == 1 || row == 0 ? fresh[s][N == 1 ? row : 0] : input(s, row);
       float y = x;
       if (p.taps) {
         float sum = 0;
 #pragma unroll
-        for (int j = 0; j < window; ++j) sum = __fmaf_rn(taps[j], last[j], sum);
-        y = silu(__fmaf_rn(taps[window], x, sum));
+        for (int j = 0; j < window; ++j) sum = __fmaf_rn(taps[s][j], last[j], sum);
+        y = silu(__fmaf_rn(taps[s][window], x, sum));
       }
 #pragma unroll
       for (int j = 0; j + 1 < window; ++j) last[j] = last[j + 1];
@@ -178,15 +203,15 @@ __global__ void __launch_bounds__(few_threads, N == 1 ? 1 : batch_blocks)
     }
     if (d.next_window && keeper) {
 #pragma unroll
-      for (int j = 0; j < window; ++j) d.next_window[j * C + channel] = d.next_journal ? past[j] : last[j];
+      for (int j = 0; j < window; ++j) d.next_window[j * C + channel] = d.next_journal ? past[s][j] : last[j];
     }
   }
   __syncthreads();
   if (!has_state) return;
   if (d.pending > 0 && (d.next_journal || d.count == 0)) store();
   for (int row = 0; row < d.count; ++row) {
-    const float o = step(row);
-    if (part == 0) p.out[(d.begin + row) * p.out_stride + column + v] = o;
+    step(row, o);
+    if (part < 2) p.out[(d.begin + row) * p.out_stride + column + v + 4 * part] = part == 0 ? o[0] : o[1];
   }
   if (!d.next_journal && d.count > 0) store();
 }
@@ -198,7 +223,7 @@ bool few_fit(DeltaShape s) noexcept {
 template <int N>
 void launch_few(const Device& device, const FewRows& p, const DeltaBatch<N>& batch, int segments, int key_dim) {
   const dim3 grid(static_cast<unsigned>(p.value_heads * (p.value_dim / few_columns)), static_cast<unsigned>(segments));
-  launch(device, key_dim == 128 ? few_rows<128, N> : few_rows<64, N>, grid, few_threads, 0, p, batch);
+  launch(device, key_dim == 128 ? few_rows<128, N> : few_rows<64, N>, grid, few_threads<N>, 0, p, batch);
 }
 
 // ---- Any shape
@@ -326,14 +351,18 @@ __global__ void __launch_bounds__(conv_threads) wide_conv(const ConvRows p, cons
   const int begin = static_cast<int>(blockIdx.y) * conv_rows, rows = min(conv_rows, d.count - begin);
   const float* x = p.x + (d.begin + begin) * p.x_stride + channel;
   float* out = p.out + (d.begin + begin) * p.out_stride + channel;
-  float4 taps[4], in[3];
+  float4 taps[4], in[3], before[3];
 #pragma unroll
   for (int c = 0; c < 4; ++c) taps[c] = reinterpret_cast<const float4*>(p.taps)[channel + c];
 #pragma unroll
   for (int j = 0; j < 3; ++j) {
-    const int t = begin - 3 + j;
-    in[j] = {conv_input(p, d, t, channel), conv_input(p, d, t, channel + 1), conv_input(p, d, t, channel + 2),
-             conv_input(p, d, t, channel + 3)};
+    if (begin > 0) {  // and so no less than 3
+      in[j] = *reinterpret_cast<const float4*>(x - (3 - j) * p.x_stride);
+    } else {
+      in[j] = {past_input(d, 4, p.channels, j, channel), past_input(d, 4, p.channels, j, channel + 1),
+               past_input(d, 4, p.channels, j, channel + 2), past_input(d, 4, p.channels, j, channel + 3)};
+    }
+    before[j] = in[j];
   }
   const auto one = [](float4 tap, float x0, float x1, float x2, float x3) {
     return silu(__fmaf_rn(tap.w, x3, __fmaf_rn(tap.z, x2, __fmaf_rn(tap.y, x1, __fmaf_rn(tap.x, x0, 0.0f)))));
@@ -344,10 +373,14 @@ __global__ void __launch_bounds__(conv_threads) wide_conv(const ConvRows p, cons
     *reinterpret_cast<float4*>(out + t * p.out_stride) = {
         one(taps[0], in[0].x, in[1].x, in[2].x, last.x), one(taps[1], in[0].y, in[1].y, in[2].y, last.y),
         one(taps[2], in[0].z, in[1].z, in[2].z, last.z), one(taps[3], in[0].w, in[1].w, in[2].w, last.w)};
+    if (d.next_journal)
+      *reinterpret_cast<float4*>(Journal::inputs(d.next_journal, begin + t, p.channels) + channel) = last;
     in[0] = in[1], in[1] = in[2], in[2] = last;
   }
-  if (blockIdx.y + 1 != gridDim.y) return;
-  for (int c = 0; c < 4; ++c) keep_inputs(p, d, channel + c);
+  if (blockIdx.y + 1 != gridDim.y || !d.next_window) return;
+#pragma unroll
+  for (int j = 0; j < 3; ++j)
+    *reinterpret_cast<float4*>(d.next_window + j * p.channels + channel) = d.next_journal ? before[j] : in[j];
 }
 
 struct GateRows {
@@ -377,22 +410,15 @@ bool aligned_to_16(const void* p) noexcept { return reinterpret_cast<std::uintpt
 
 DeltaRows describe(const Segment<CudaDeltaState>& s) {
   CudaDeltaState& state = *s.state;
-  if (s.tentative) state.make_journals();
-  const DeltaTurn& now = state.turn();
-  const bool moves = now.accepted > 0 || (!s.tentative && s.count > 0);
+  const bool moves = state.accepted() > 0 || (!s.tentative && s.count > 0);
   return {state.S(),
-          state.window(now.window),
-          moves ? state.window(1 - now.window) : nullptr,
-          state.journal(now.journal),
-          s.tentative ? state.journal(1 - now.journal) : nullptr,
+          state.window(),
+          moves ? state.next_window() : nullptr,
+          state.accepted() > 0 ? state.journal() : nullptr,
+          s.tentative ? state.next_journal() : nullptr,
           s.begin,
           s.count,
-          now.accepted,
-          nullptr,
-          state.windows(),
-          state.journals(),
-          state.window_stride(),
-          state.journal_stride()};
+          state.accepted()};
 }
 
 void conv_segment(const Device& device, CudaTensor out, CudaTensor x, const float* taps, int K, const DeltaRows& d) {
@@ -440,31 +466,35 @@ FewRows few_parameters(CudaTensor out, CudaTensor x, CudaTensor b, CudaTensor a,
           nullptr, nullptr, nullptr, s.key_heads, s.value_heads, s.value_dim, s.conv_dim(), false};
 }
 
+// What was accepted enters S and the window.
+void fold(const Device& device, CudaDeltaState& state, DeltaShape shape) {
+  if (state.accepted() == 0) return;
+  const DeltaRows d = describe({0, 0, 0, &state});
+  if (few_fit(shape)) {
+    FewRows p = few_parameters({}, {}, {}, {}, shape);
+    p.wait_first = true;
+    few_segments(device, p, shape, {&d, 1});
+  } else {
+    CudaTensor nothing;
+    nothing.n_cols = shape.conv_dim();
+    conv_segment(device, nothing, nothing, nullptr, shape.conv_kernel, d);
+    any_segment(device, {}, {}, {}, {}, shape, d);
+  }
+  state.passed(0, false);
+}
+
 }  // namespace
 
 void settle(const Device& device, CudaDeltaState& state, DeltaShape shape) {
-  if (state.turn().accepted > 0) {
-    const Segment<CudaDeltaState> nothing_new{0, 0, 0, &state};
-    const DeltaRows d = describe(nothing_new);
-    if (few_fit(shape)) {
-      FewRows p = few_parameters({}, {}, {}, {}, shape);
-      p.wait_first = true;
-      few_segments(device, p, shape, {&d, 1});
-    } else {
-      CudaTensor nothing;
-      nothing.n_cols = shape.conv_dim();
-      conv_segment(device, nothing, nothing, nullptr, shape.conv_kernel, d);
-      any_segment(device, {}, {}, {}, {}, shape, d);
-    }
-    state.passed(0, false);
-  }
-  state.settled();
+  fold(device, state, shape);
+  const LaunchRecord* record = device.record();
+  if (!record || !record->gathering()) state.settled();  // else the journal is yet to be read
 }
 
 void causal_conv1d(const Device& device, CudaTensor out, CudaTensor x, const float* taps, int conv_kernel,
                    Deltas segments) {
   for (const Segment<CudaDeltaState>& s : segments) {
-    if (s.state->turn().accepted > 0) settle(device, *s.state, s.state->shape());
+    fold(device, *s.state, s.state->shape());
     const DeltaRows d = describe(s);
     conv_segment(device, out, x, taps, conv_kernel, d);
     if (d.next_window) s.state->window_passed();
@@ -482,7 +512,7 @@ void delta_gates(const Device& device, CudaTensor beta, CudaTensor g, CudaTensor
 void gated_delta_rule(const Device& device, DeviceScratch& scratch, CudaTensor out, CudaTensor qkv, CudaTensor beta,
                       CudaTensor g, DeltaShape shape, Deltas segments) {
   for (const Segment<CudaDeltaState>& s : segments) {
-    if (s.state->turn().accepted > 0) settle(device, *s.state, shape);
+    fold(device, *s.state, shape);
     DeltaRows d = describe(s);
     d.next_window = nullptr;  // causal_conv1d() was there before
     if (s.count > most_few_rows) {
@@ -503,10 +533,8 @@ void delta_net(const Device& device, DeviceScratch& scratch, CudaTensor o, const
   const bool fit = few_fit(shape) && aligned_to_16(in.taps);
   const auto is_few = [&](const Segment<CudaDeltaState>& s) { return fit && s.count <= most_few_rows; };
   std::vector<DeltaRows> few;
-  for (std::size_t i = 0; i < segments.size(); ++i) {
-    if (!is_few(segments[i])) continue;
-    few.push_back(describe(segments[i]));
-    if (in.turns) few.back().turn = in.turns + i;
+  for (const Segment<CudaDeltaState>& s : segments) {
+    if (is_few(s)) few.push_back(describe(s));
   }
   if (!few.empty()) {
     FewRows p = few_parameters(o, in.qkv, in.b, in.a, shape);
@@ -516,7 +544,7 @@ void delta_net(const Device& device, DeviceScratch& scratch, CudaTensor o, const
   if (few.size() < segments.size()) delta_gates(device, in.beta, in.g, in.b, in.a, in.A, in.dt_bias);
   for (const Segment<CudaDeltaState>& s : segments) {
     if (!is_few(s)) {
-      if (s.count > most_few_rows && s.state->turn().accepted > 0) settle(device, *s.state, shape);
+      if (s.count > most_few_rows) fold(device, *s.state, shape);
       const DeltaRows d = describe(s);
       conv_segment(device, in.conv, in.qkv, in.taps, shape.conv_kernel, d);
       if (s.count > most_few_rows)
@@ -524,10 +552,8 @@ void delta_net(const Device& device, DeviceScratch& scratch, CudaTensor o, const
       else
         any_segment(device, o, in.conv, in.beta, in.g, shape, d);
     }
-    if (!in.turns) s.state->passed(s.count, s.tentative);
+    s.state->passed(s.count, s.tentative);
   }
 }
-
-bool can_record(DeltaShape shape, int rows) noexcept { return few_fit(shape) && rows <= most_few_rows; }
 
 }  // namespace qwen3next::cuda

@@ -18,20 +18,6 @@ struct DeltaRows {
   const float* journal;
   float* next_journal;  // null: not tentative
   int begin, count, pending;
-  // If not null, which windows, which journals and `pending` are read from there.
-  const DeltaTurn* turn;
-  float *windows, *journals;
-  int window_stride, journal_stride;
-
-  __device__ void take_turn() {
-    const DeltaTurn now = *turn;
-    window = windows + now.window * window_stride;
-    next_window =
-        now.accepted > 0 || (!next_journal && count > 0) ? windows + (1 - now.window) * window_stride : nullptr;
-    journal = journals + now.journal * journal_stride;
-    if (next_journal) next_journal = journals + (1 - now.journal) * journal_stride;
-    pending = now.accepted;
-  }
 };
 
 // By value: a copy to the card would cost more than the work.

@@ -24,7 +24,7 @@ void delta_gates(const Device& device, CudaTensor beta, CudaTensor g, CudaTensor
                  const float* dt_bias);
 void gated_delta_rule(const Device& device, DeviceScratch& scratch, CudaTensor out, CudaTensor qkv, CudaTensor beta,
                       CudaTensor g, DeltaShape shape, std::span<const Segment<CudaDeltaState>> segments);
-void settle(const Device& device, CudaDeltaState& state, DeltaShape shape);
+void settle(const Device& device, CudaDeltaState& state, DeltaShape shape);  // gives the journal's memory back
 
 // All three at once.  Segments of few rows take one launch all together; their parts of conv, beta and g, which are
 // scratch memory, are then not written.
@@ -35,13 +35,7 @@ struct DeltaNetInputs {
   const float *A, *dt_bias;  // [Hv]
   CudaTensor conv;           // [T, channels] scratch
   CudaTensor beta, g;        // [T, Hv] scratch
-
-  // For a pass that is recorded (a CUDA graph) and played again, where can_record(): on the card, of each segment, the
-  // states' DeltaTurn as it is before each pass.  The states are then not told of the pass: whoever plays it calls
-  // passed() on each of them.  Journals must be there (make_journals()) if rows are tentative.
-  const DeltaTurn* turns = nullptr;
 };
-bool can_record(DeltaShape shape, int rows) noexcept;  // a segment's
 void delta_net(const Device& device, DeviceScratch& scratch, CudaTensor o, const DeltaNetInputs& in, DeltaShape shape,
                std::span<const Segment<CudaDeltaState>> segments);
 

@@ -47,13 +47,27 @@ __device__ inline unsigned half_pair(float x, float y) {
   const __half2 h = __floats2half2_rn(x, y);
   return *reinterpret_cast<const unsigned*>(&h);
 }
+// Rows 8 i + 2t, + 1 of column g, of four times 8 rows of 8 f16, of which this lane points at one.
+__device__ inline void load_transposed(unsigned (&pairs)[4], const __half* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
 __device__ inline float2 float_pair(unsigned h) { return __half22float2(*reinterpret_cast<const __half2*>(&h)); }
 
-// Images of factors of tf32 products over 16 columns (of k, or of rows of the chunk), which lane (g, t) has 4 of, from
-// 4t on.  As first factor: 16 rows, 8 f16 a lane, row g then g + 8.  As second: 8 columns of the result, 4 f16 a lane.
-// Where values of columns 8 n + 2t, + 1 of rows g and g + 8 (as products leave them) lie in the first kind, in f16:
-__device__ inline int image_place(int tile, int n, int g, int t) {
-  return (tile * 32 + g * 4 + n % 2 * 2 + t / 2) * 8 + t % 2 * 2;
+__device__ inline unsigned scaled(unsigned pair, float first, float second) {
+  const float2 h = float_pair(pair);
+  return half_pair(first * h.x, second * h.y);
+}
+
+// Factors of tf32 products over 16 columns (of k, or of rows of the chunk).  Lane (g, t) has columns 2t, 2t + 1, 2t + 8
+// and 2t + 9 of them, as it does of f16 products: those of two tiles of results are what it has of a factor.  As first
+// factor: 16 rows, 8 f16 a lane, of row g then of g + 8.  As second: 8 columns of the result, 4 f16 a lane, or in
+// shared memory 4 f32 from place 4t on.
+__device__ inline uint4 image_of(const float (&even)[4], const float (&odd)[4]) {
+  return {half_pair(even[0], even[1]), half_pair(odd[0], odd[1]), half_pair(even[2], even[3]),
+          half_pair(odd[2], odd[3])};
 }
 
 // ---- All chunks at once
@@ -79,7 +93,7 @@ constexpr int square = chunk + 8;  // a row of A and T: lanes' pairs of 8 rows l
 template <int Dk>
 struct PrepareShared {
   __half k[chunk][Dk + 8], q[chunk][Dk + 8];
-  float A[chunk][square];
+  float A[chunk][square];  // later 64 columns of v
   float T[chunk][square];  // blocks above the diagonal: temporary
   float G[chunk], beta[chunk], from_start[chunk], scaled_beta[chunk], to_end[chunk];
 };
@@ -156,10 +170,14 @@ __global__ void __launch_bounds__(threads, 2) prepare_chunks(const ChunkRows p, 
   }
   __syncthreads();
 
-  {  // A and P: 16 rows a warp
+  // A and P, and on the way Q: 16 rows a warp.  All columns, though those above the diagonal are 0: to branch costs
+  // more.
+  {
     const bool of_k = warp < 4;
     const int m = of_k ? warp : 7 - warp, row = m * 16 + g;
     const __half(*left)[Dk + 8] = of_k ? x.k : x.q;
+    uint4* const Q = out.Q + (item * 4 + static_cast<std::size_t>(m)) * (Dk * 2) + lane;
+    const float scale[2] = {x.from_start[row], x.from_start[row + 8]};
     float c[8][4] = {};
 #pragma unroll 2
     for (int at = 0; at < Dk; at += 16) {
@@ -169,47 +187,45 @@ __global__ void __launch_bounds__(threads, 2) prepare_chunks(const ChunkRows p, 
         a[i] = *reinterpret_cast<const unsigned*>(&left[row + i % 2 * 8][at + i / 2 * 8 + 2 * t]);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        if (n >= 2 * m + 2) continue;
         multiply_f16(c[n], a, *reinterpret_cast<const unsigned*>(&x.k[n * 8 + g][at + 2 * t]),
                      *reinterpret_cast<const unsigned*>(&x.k[n * 8 + g][at + 8 + 2 * t]));
       }
+      if (!of_k) {
+        Q[at * 2] = {scaled(a[0], scale[0], scale[0]), scaled(a[2], scale[0], scale[0]),
+                     scaled(a[1], scale[1], scale[1]), scaled(a[3], scale[1], scale[1])};
+      }
     }
     const float G[2] = {x.G[row], x.G[row + 8]}, beta[2] = {x.beta[row], x.beta[row + 8]};
-    __half* const P = reinterpret_cast<__half*>(out.P + item * (16 * 32));
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      if (n >= 2 * m + 2) continue;
       const int j = n * 8 + 2 * t;
-      const float2 Gj = *reinterpret_cast<const float2*>(&x.G[j]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int i = row + half * 8;
-        const float first = c[n][2 * half] * __expf(fminf(G[half] - Gj.x, 0.0f));
-        const float second = c[n][2 * half + 1] * __expf(fminf(G[half] - Gj.y, 0.0f));
-        if (of_k) {
-          *reinterpret_cast<float2*>(&x.A[i][j]) = {j < i ? beta[half] * first : 0,
-                                                    j + 1 < i ? beta[half] * second : 0};
-        } else {
-          *reinterpret_cast<unsigned*>(P + image_place(m * 4 + n / 2, n, g, t) + half * 4) =
-              half_pair(j <= i ? first : 0, j + 1 <= i ? second : 0);
-        }
+        const int i = row + half * 8 - (of_k ? 1 : 0);  // the last j
+        const float factor = of_k ? beta[half] : 1.0f;
+        float &first = c[n][2 * half], &second = c[n][2 * half + 1];
+        first = j <= i ? factor * first * __expf(fminf(G[half] - x.G[j], 0.0f)) : 0;
+        second = j + 1 <= i ? factor * second * __expf(fminf(G[half] - x.G[j + 1], 0.0f)) : 0;
+        if (of_k) *reinterpret_cast<float2*>(&x.A[row + half * 8][j]) = {first, second};
       }
+    }
+    uint4* const P = out.P + (item * 4 + static_cast<std::size_t>(m)) * (4 * 32) + lane;
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      if (!of_k && s <= m) P[s * 32] = image_of(c[2 * s], c[2 * s + 1]);
     }
   }
-  __syncthreads();
-
-  float next_v[8][2];  // of 8 columns of v: rows 8 s + 2t, + 1
-  const auto load_v = [&](int n) {
+  float4 next_v[4];  // of 64 columns of v
+  const auto load_v = [&](int first) {
 #pragma unroll
-    for (int s = 0; s < 8; ++s) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = s * 8 + 2 * t + i;
-        next_v[s][i] = row < rows && n < p.value_dim / 8 ? v[row * p.qkv_stride + n * 8 + g] : 0;
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int row = (tid + i * threads) / 16, at = first + tid % 16 * 4;
+      next_v[i] = {0, 0, 0, 0};
+      if (row < rows && at < p.value_dim) next_v[i] = *reinterpret_cast<const float4*>(v + row * p.qkv_stride + at);
     }
   };
-  load_v(warp);
+  load_v(0);
+  __syncthreads();
 
   // T = (I + A)^-1: of 4 blocks of 16 on the diagonal by substitution, a column a thread; the rest from
   //   (T1      )   with T21 = -T2 A21 T1,
@@ -226,29 +242,19 @@ __global__ void __launch_bounds__(threads, 2) prepare_chunks(const ChunkRows p, 
     }
 #pragma unroll
     for (int i = 0; i < 16; ++i) x.T[block + i][block + j] = column[i];
-  } else {  // meanwhile the images of Q and K
-    uint4* const Q = out.Q + item * (Dk * 8);
-    for (int i = tid - chunk; i < Dk * 8; i += threads - chunk) {
-      const int tile = i / 32, to = i % 32, row = tile / (Dk / 16) * 16 + to / 4,
-                at = tile % (Dk / 16) * 16 + to % 4 * 4;
-      unsigned out_bits[4];
+  } else {  // meanwhile the image of K
+    uint2* const K = out.K + item * (Dk * 16) + lane;
+    for (int i = warp - 2; i < Dk / 4; i += threads / 32 - 2) {
+      const int n = i / 2, first = i % 2 * 32;
+      unsigned k[4];  // of 8 columns, rows 2t, 2t + 1 of 4 times 8
+      load_transposed(k, &x.k[first + lane][n * 8]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint2 from = *reinterpret_cast<const uint2*>(&x.q[row + half * 8][at]);
-        const float2 a = float_pair(from.x), b = float_pair(from.y);
-        const float scale = x.from_start[row + half * 8];
-        out_bits[2 * half] = half_pair(scale * a.x, scale * a.y);
-        out_bits[2 * half + 1] = half_pair(scale * b.x, scale * b.y);
+      for (int j = 0; j < 4; ++j) {
+        const float2 scale = *reinterpret_cast<const float2*>(&x.to_end[first + j * 8 + 2 * t]);
+        k[j] = scaled(k[j], scale.x, scale.y);
       }
-      Q[i] = {out_bits[0], out_bits[1], out_bits[2], out_bits[3]};
-    }
-    uint2* const K = out.K + item * (Dk * 16);
-    for (int i = tid - chunk; i < Dk * 16; i += threads - chunk) {
-      const int tile = i / 32, to = i % 32, column = tile / 4 * 8 + to / 4, row = tile % 4 * 16 + to % 4 * 4;
-      float value[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) value[j] = x.to_end[row + j] * __half2float(x.k[row + j][column]);
-      K[i] = {half_pair(value[0], value[1]), half_pair(value[2], value[3])};
+      K[(n * 4 + first / 16) * 32] = {k[0], k[1]};
+      K[(n * 4 + first / 16 + 1) * 32] = {k[2], k[3]};
     }
   }
   __syncthreads();
@@ -278,63 +284,78 @@ __global__ void __launch_bounds__(threads, 2) prepare_chunks(const ChunkRows p, 
   combine(16, tid % 128 / 64 * 32, tid < 128 ? tid % 64 / 4 : 16, tid % 4 * 4);
   combine(32, 0, tid / 8, tid % 8 * 4);
 
-  // U, 8 columns a warp at a time.
-  float* const U = out.U + item * static_cast<std::size_t>(chunk * p.value_dim);
-  for (int n = warp; n < p.value_dim / 8; n += threads / 32) {
-    float right[8][2], c[4][4] = {};
+  // A warp makes 16 rows of half of the columns of W, and of each 64 columns of U.
+  const int m = warp % 4, half = warp / 4;
+  const auto share_v = [&] {
 #pragma unroll
-    for (int s = 0; s < 8; ++s) right[s][0] = tf32(next_v[s][0]), right[s][1] = tf32(next_v[s][1]);
-    load_v(n + threads / 32);
-#pragma unroll
-    for (int s = 0; s < 8; ++s) {
-      const float2 beta = *reinterpret_cast<const float2*>(&x.beta[s * 8 + 2 * t]);
-#pragma unroll
-      for (int m = s / 2; m < 4; ++m) {
-        const float2 first = *reinterpret_cast<const float2*>(&x.T[m * 16 + g][s * 8 + 2 * t]);
-        const float2 second = *reinterpret_cast<const float2*>(&x.T[m * 16 + g + 8][s * 8 + 2 * t]);
-        multiply_tf32(c[m], tf32(first.x * beta.x), tf32(second.x * beta.x), tf32(first.y * beta.y),
-                      tf32(second.y * beta.y), right[s][0], right[s][1]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const float4 r = next_v[i];
+      *reinterpret_cast<float4*>(&x.A[(tid + i * threads) / 16][tid % 16 * 4]) = {tf32(r.x), tf32(r.y), tf32(r.z),
+                                                                                  tf32(r.w)};
     }
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      float* to = U + (m * 16 + g) * p.value_dim + n * 8 + 2 * t;
-      *reinterpret_cast<float2*>(to) = {c[m][0], c[m][1]};
-      *reinterpret_cast<float2*>(to + 8 * p.value_dim) = {c[m][2], c[m][3]};
-    }
-  }
-  // W likewise.
-  __half* const W = reinterpret_cast<__half*>(out.W + item * (Dk * 8));
-  for (int n = warp; n < Dk / 8; n += threads / 32) {
-    unsigned right[8];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const auto from = static_cast<unsigned>(__cvta_generic_to_shared(&x.k[i * 32 + lane][n * 8]));
-      asm("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-          : "=r"(right[4 * i]), "=r"(right[4 * i + 1]), "=r"(right[4 * i + 2]), "=r"(right[4 * i + 3])
-          : "r"(from));
-    }
-    float c[4][4] = {};
+  };
+  share_v();
+  load_v(64);
+  {
+    unsigned a[4][4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
 #pragma unroll
-      for (int m = s; m < 4; ++m) {
-        unsigned a[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = s * 16 + i / 2 * 8 + 2 * t;
-          const float2 from = *reinterpret_cast<const float2*>(&x.T[m * 16 + g + i % 2 * 8][j]);
-          const float2 scale = *reinterpret_cast<const float2*>(&x.scaled_beta[j]);
-          a[i] = half_pair(from.x * scale.x, from.y * scale.y);
-        }
-        multiply_f16(c[m], a, right[2 * s], right[2 * s + 1]);
+      for (int i = 0; i < 4; ++i) {
+        const int j = s * 16 + i / 2 * 8 + 2 * t;
+        const float2 from = *reinterpret_cast<const float2*>(&x.T[m * 16 + g + i % 2 * 8][j]);
+        const float2 scale = *reinterpret_cast<const float2*>(&x.scaled_beta[j]);
+        a[s][i] = half_pair(from.x * scale.x, from.y * scale.y);
       }
     }
+    uint4* const W = out.W + (item * 4 + static_cast<std::size_t>(m)) * (Dk * 2) + lane;
+#pragma unroll 2
+    for (int i = 0; i < Dk / 32; ++i) {
+      const int tile = half * (Dk / 32) + i;
+      float c[2][4] = {};
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      __half* to = W + image_place(m * (Dk / 16) + n / 2, n, g, t);
-      *reinterpret_cast<unsigned*>(to) = half_pair(c[m][0], c[m][1]);
-      *reinterpret_cast<unsigned*>(to + 4) = half_pair(c[m][2], c[m][3]);
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int s = 0; s < 4; s += 2) {
+          if (s > m) continue;
+          unsigned k[4];
+          load_transposed(k, &x.k[s * 16 + lane][tile * 16 + n * 8]);
+          multiply_f16(c[n], a[s], k[0], k[1]);
+          if (s + 1 <= m) multiply_f16(c[n], a[s + 1], k[2], k[3]);
+        }
+      }
+      W[tile * 32] = image_of(c[0], c[1]);
+    }
+  }
+  float a[8][4];
+#pragma unroll
+  for (int s = 0; s < 8; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int j = s * 8 + t + i / 2 * 4;
+      a[s][i] = s < 2 * m + 2 ? tf32(x.T[m * 16 + g + i % 2 * 8][j] * x.beta[j]) : 0;
+    }
+  }
+  float* const U =
+      out.U + (item * chunk + static_cast<std::size_t>(m * 16 + g)) * static_cast<std::size_t>(p.value_dim);
+  for (int first = 0; first < p.value_dim; first += 64) {
+    if (first > 0) {
+      __syncthreads();
+      share_v();
+      load_v(first + 64);
+    }
+    __syncthreads();
+#pragma unroll 2
+    for (int n = half * 4; n < half * 4 + 4; ++n) {
+      float c[2][4] = {};
+#pragma unroll
+      for (int s = 0; s < 8; ++s) {
+        multiply_tf32(c[s % 2], a[s][0], a[s][1], a[s][2], a[s][3], x.A[s * 8 + t][n * 8 + g],
+                      x.A[s * 8 + t + 4][n * 8 + g]);
+      }
+      float* to = U + first + n * 8 + 2 * t;
+      *reinterpret_cast<float2*>(to) = {c[0][0] + c[1][0], c[0][1] + c[1][1]};
+      *reinterpret_cast<float2*>(to + 8 * p.value_dim) = {c[0][2] + c[1][2], c[0][3] + c[1][3]};
     }
   }
 }
@@ -402,7 +423,7 @@ __global__ void __launch_bounds__(threads, 1) scan_chunks(const ScanRows p, cons
     }
     decay = in.decay[item(c)];
   };
-  // c += left image * 16 columns of rows n * 8 + g of `right`
+  // c += left image * 16 places of rows n * 8 + g of `right`
   const auto add_products = [&](float(&c)[4][4], uint4 image, const float* right, int stride) {
     const float2 a = float_pair(image.x), a2 = float_pair(image.y), b = float_pair(image.z), b2 = float_pair(image.w);
 #pragma unroll
@@ -433,9 +454,17 @@ __global__ void __launch_bounds__(threads, 1) scan_chunks(const ScanRows p, cons
     }
   };
   const auto share_S = [&] {
-    each_pair([&](int row, int at, float& a, float& b) {
-      *reinterpret_cast<float2*>(&S[row + g][warp * tiles * 8 + at + 2 * t]) = {tf32(a), tf32(b)};
-    });
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float* row = &S[i * 8 + g][warp * tiles / 2 * 16 + 4 * t];
+      const int pair = i % 2 * 2;
+      if constexpr (tiles == 2) {
+        *reinterpret_cast<float4*>(row) = {tf32(own[i / 2][0][pair]), tf32(own[i / 2][0][pair + 1]),
+                                           tf32(own[i / 2][1][pair]), tf32(own[i / 2][1][pair + 1])};
+      } else {
+        *reinterpret_cast<float2*>(row + warp % 2 * 2) = {tf32(own[i / 2][0][pair]), tf32(own[i / 2][0][pair + 1])};
+      }
+    }
   };
   each_pair([&](int row, int at, float& a, float& b) {
     const float2 from = *reinterpret_cast<const float2*>(S_begin + row * Dk + at);
@@ -455,7 +484,8 @@ __global__ void __launch_bounds__(threads, 1) scan_chunks(const ScanRows p, cons
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) V[n * 8 + 2 * t + i % 2][m * 16 + g + i / 2 * 8] = tf32(U[n][i] - sum[n][i]);
+        for (int i = 0; i < 4; ++i)
+          V[n * 8 + 2 * t + i % 2][m * 16 + g / 2 * 4 + g % 2 + i / 2 * 2] = tf32(U[n][i] - sum[n][i]);
       }
       load_U(next);
     }
@@ -505,8 +535,9 @@ void run_chunks(const Device& device, DeviceScratch& scratch, CudaTensor out, Cu
   const auto heads = static_cast<std::size_t>(shape.value_heads), Dv = static_cast<std::size_t>(shape.value_dim);
   constexpr std::size_t image = std::size_t{Dk} * 128, image_P = 16 * 32 * sizeof(uint4);
   const std::size_t item = 3 * image + image_P + chunk * Dv * sizeof(float) + sizeof(float);
-  // So many chunks at a time that what is prepared of them is still in the L2 cache when it is read.
-  const auto at_once = std::clamp<int>(static_cast<int>((std::size_t{48} << 20) / (heads * item)), 4, 1024);
+  // So many chunks at a time as the card prepares in two waves: what is prepared of them is still in the L2 cache when
+  // it is read.
+  const int at_once = std::max(4, 4 * device.properties().multiprocessors / shape.value_heads);
   const int rows = qkv.n_rows, step = std::min(at_once * chunk, (rows + chunk - 1) / chunk * chunk);
   const std::size_t items = heads * static_cast<std::size_t>(step / chunk);
   std::byte* space = scratch.get(items * item);

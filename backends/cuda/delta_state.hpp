@@ -15,20 +15,6 @@
 
 namespace qwen3next::cuda {
 
-// Which of a state's two windows and journals hold what is current, and how many rows of the journal are accepted: all
-// that changes of a state's description from pass to pass, and the same for all layers of a sequence.  Where it lies on
-// the card, a recorded pass can be played again (see DeltaNetInputs::turns).
-struct DeltaTurn {
-  int window = 0, journal = 0, accepted = 0;
-
-  // After a pass over `count` rows.
-  void pass(int count, bool tentative) noexcept {
-    if (accepted > 0 || (!tentative && count > 0)) window = 1 - window;
-    if (tentative) journal = 1 - journal;
-    accepted = 0;
-  }
-};
-
 class CudaDeltaState {
  public:
   CudaDeltaState() = default;
@@ -48,33 +34,32 @@ class CudaDeltaState {
   void from_host(const HostDeltaState& host);  // settled, of the same shape
 
   // The first `rows` of the tentative pass before stay.
-  void accept(int rows) noexcept { turn_.accepted = journal_rows_ = rows; }
+  void accept(int rows) noexcept { accepted_ = journal_rows_ = rows; }
   // The accepted rows are in S and the window now; gives the journal's memory back.
   void settled() noexcept {
-    turn_.accepted = journal_rows_ = 0;
+    accepted_ = journal_rows_ = 0;
     journal_memory_ = DeviceBytes();
   }
 
   // For the kernels.  Two windows and two journals take turns: thread blocks still read the one while another writes
   // what is next.
   float* S() const noexcept { return memory_.data<float>(); }
-  float* windows() const noexcept { return S() + aligned(S_size()); }
-  float* journals() const noexcept { return journal_memory_.data<float>(); }
-  float* window(int which) const noexcept { return windows() + which * window_stride(); }
-  float* journal(int which) const noexcept { return journals() ? journals() + which * journal_stride() : nullptr; }
-  int window_stride() const noexcept { return static_cast<int>(aligned(window_size())); }
-  int journal_stride() const noexcept { return static_cast<int>(aligned(journal_size())); }
-  void make_journals();  // if there are none
+  float* window() const noexcept { return window_at(window_); }
+  float* next_window() const noexcept { return window_at(1 - window_); }
+  float* journal() const noexcept { return journal_at(journal_); }  // null if there is none
+  float* next_journal();                                            // makes room for it
+  int accepted() const noexcept { return accepted_; }  // so many rows of the journal are yet to enter S and the window
 
-  const DeltaTurn& turn() const noexcept { return turn_; }
   // After a pass over `count` rows that folded in what was accepted.
   void passed(int count, bool tentative) noexcept {
-    turn_.pass(count, tentative);
-    journal_rows_ = tentative ? count : 0;
+    if (accepted_ > 0 || (!tentative && count > 0)) window_passed();
+    accepted_ = 0;
+    rule_passed(count, tentative);
   }
-  void window_passed() noexcept { turn_.window = 1 - turn_.window; }  // of the convolution alone
-  void rule_passed(int count, bool tentative) noexcept {              // of the delta rule alone
-    if (tentative) turn_.journal = 1 - turn_.journal, journal_rows_ = count;
+  void window_passed() noexcept { window_ = 1 - window_; }  // of the convolution alone
+  void rule_passed(int count, bool tentative) noexcept {    // of the delta rule alone
+    if (tentative) journal_ = 1 - journal_;
+    journal_rows_ = tentative ? count : 0;
   }
 
   // A journal holds, of max_tentative_rows rows each, one after the other: inputs and outputs of the convolution
@@ -93,10 +78,19 @@ class CudaDeltaState {
     return static_cast<std::size_t>(shape_.conv_kernel - 1) * static_cast<std::size_t>(shape_.conv_dim());
   }
   static std::size_t aligned(std::size_t floats) noexcept { return (floats + 63) / 64 * 64; }
+  float* window_at(int which) const noexcept {
+    return S() + aligned(S_size()) + static_cast<std::size_t>(which) * aligned(window_size());
+  }
+  float* journal_at(int which) const noexcept {
+    if (journal_memory_.size() == 0) return nullptr;
+    return journal_memory_.data<float>() + static_cast<std::size_t>(which) * aligned(journal_size());
+  }
+
   DeltaShape shape_{0, 0, 0, 0, 1};
-  DeviceBytes memory_;          // S, window, window
-  DeviceBytes journal_memory_;  // two, from the first tentative pass on
-  DeltaTurn turn_;
+  DeviceBytes memory_;            // S, window, window
+  DeviceBytes journal_memory_;    // two, from the first tentative pass on
+  int window_ = 0, journal_ = 0;  // the current ones
+  int accepted_ = 0;
   int journal_rows_ = 0;  // what a copy takes along
 };
 

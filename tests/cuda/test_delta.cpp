@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "backends/cuda/delta.hpp"
+#include "backends/cuda/launch_record.hpp"
 #include "backends/reference/reference_backend.hpp"
 
 using namespace qwen3next;
@@ -44,6 +45,8 @@ double nmse(const AlignedBytes& found, const AlignedBytes& expected) {
 
 struct Card {
   std::shared_ptr<Device> device = Device::open();
+  LaunchRecord record{device};
+  std::shared_ptr<Device> recording = device->with_record(&record);
   DeviceScratch scratch{device};
   std::deque<DeviceBytes> memory;
 
@@ -90,7 +93,7 @@ struct Layer {
   Rows x, b, a;
   std::vector<float> taps, A, dt_bias;
   std::mt19937 engine;
-  bool played = false;  // passes take the states' turns from the card's memory, as recorded ones do
+  bool gathered = false;  // passes are
 
   Layer(DeltaShape s, int T, float decay = 1, float bias = 0, unsigned seed = 1) : shape(s), engine(seed) {
     x = rows(T, s.conv_dim(), bias), b = rows(T, s.value_heads), a = rows(T, s.value_heads);
@@ -158,24 +161,10 @@ struct Layer {
     return d;
   }
   Rows run(std::span<const Segment<CudaDeltaState>> segments, int begin, int count) const {
-    Device d = upload(begin, count);
-    const bool as_played = played && std::ranges::all_of(segments, [&](const Segment<CudaDeltaState>& s) {
-                             return can_record(shape, s.count);
-                           });
-    if (as_played) {
-      std::vector<DeltaTurn> turns;
-      for (const auto& s : segments) {
-        turns.push_back(s.state->turn());
-        if (s.tentative) s.state->make_journals();
-      }
-      card().memory.emplace_back(card().device, sizeof(DeltaTurn) * turns.size(), "a test");
-      card().device->copy_to_device(card().memory.back().data(), turns.data(), sizeof(DeltaTurn) * turns.size());
-      d.in.turns = card().memory.back().data<DeltaTurn>();
-    }
-    delta_net(*card().device, card().scratch, d.o, d.in, shape, segments);
-    for (const auto& s : segments) {
-      if (as_played) s.state->passed(s.count, s.tentative);
-    }
+    const Device d = upload(begin, count);
+    if (gathered) card().record.begin();
+    delta_net(gathered ? *card().recording : *card().device, card().scratch, d.o, d.in, shape, segments);
+    if (gathered) card().record.end();
     return card().download(d.o);
   }
   Rows run(CudaDeltaState& state, int begin, int count, bool tentative = false) const {
@@ -325,9 +314,9 @@ TEST_CASE("delta: what was not accepted leaves no trace") {
         CAPTURE(guesses);
         CAPTURE(accepted);
         const CudaDeltaState before = plain;
-        in.played = accepted % 2 == 1;
+        in.gathered = accepted % 2 == 1;
         const Rows rows = in.run(guessing, at, guesses, true);
-        in.played = false;
+        in.gathered = false;
         {
           const Rows expected = in.expected(host, at, guesses, true);
           host.accept(accepted);
@@ -391,7 +380,7 @@ TEST_CASE("delta: a batch is its sequences alone, bit for bit") {
       rows.insert(rows.end(), r.begin(), r.end());
       begin += counts[i];
     }
-    layer.played = true;
+    layer.gathered = true;
     CHECK(layer.run(segments, 0, T) == rows);
     for (std::size_t i = 0; i < counts.size(); ++i) {
       CAPTURE(i);
