@@ -52,6 +52,20 @@ __global__ void __launch_bounds__(threads)
   for (int i = 0; c + i < out.n_cols; ++i) to[i] = (add ? to[i] : 0) + values[i];
 }
 
+// Gates and ups of different types are two launches, and this: hidden[pick] = 2^-4 silu(gate) * up, zero behind
+// `width`.
+__global__ void __launch_bounds__(threads)
+    swiglu_picks(std::uint16_t* hidden, const float* __restrict__ gates, const float* __restrict__ ups, int width,
+                 std::ptrdiff_t stride) {
+  wait_for_predecessor();
+  let_successor_start();
+  const auto pick = static_cast<std::ptrdiff_t>(blockIdx.x);
+  for (int c = static_cast<int>(threadIdx.x); c < stride; c += threads) {
+    const std::ptrdiff_t i = pick * stride + c;
+    hidden[i] = c < width ? half_bits(silu(gates[i]) * ups[i] * hidden_scale) : 0;
+  }
+}
+
 std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Rows of x for a block, given how many an expert has if all share alike.  A block of more rows unpacks weights for
@@ -69,10 +83,14 @@ void slice_of_rows(const Device& device, DeviceScratch& scratch, const ExpertsMa
   const int rows = rows_of_block(picks, m.count);
   const std::size_t group_bytes = aligned(pick_groups_bytes(routing.rows, routing.k, m.count, rows));
   const std::size_t hidden_bytes = aligned(static_cast<std::size_t>(picks * hidden_stride) * sizeof(std::uint16_t));
-  const std::size_t part_bytes = static_cast<std::size_t>(picks * part_stride) * sizeof(float);
-  std::byte* const memory = scratch.get(group_bytes + hidden_bytes + part_bytes);
+  const std::size_t part_bytes = aligned(static_cast<std::size_t>(picks * part_stride) * sizeof(float));
+  const bool mixed = m.gate.type != m.up.type;
+  const std::size_t gate_bytes = mixed ? static_cast<std::size_t>(picks * hidden_stride) * sizeof(float) : 0;
+  std::byte* const memory = scratch.get(group_bytes + hidden_bytes + part_bytes + 2 * gate_bytes);
   auto* const hidden = reinterpret_cast<std::uint16_t*>(memory + group_bytes);
   auto* const parts = reinterpret_cast<float*>(memory + group_bytes + hidden_bytes);
+  auto* const gates = reinterpret_cast<float*>(memory + group_bytes + hidden_bytes + part_bytes);
+  float* const ups = gates + picks * hidden_stride;
 
   const PickGroups groups = group_picks(device, routing, m.count, rows, memory);
   ManyProduct p;
@@ -82,15 +100,28 @@ void slice_of_rows(const Device& device, DeviceScratch& scratch, const ExpertsMa
   const auto multiply = [&](const std::byte* const* slots) {
     p.slots_of_experts = slots;
     p.x = reinterpret_cast<const uint4*>(e.x.half), p.x_chunks = static_cast<std::uint32_t>(e.x.stride / 8);
-    p.slots = routing.k, p.hidden = hidden, p.hidden_stride = hidden_stride, p.factor = 1;
-    p.matrices[0] = {.w = m.gate, .at = 0, .scale = 0};
-    p.matrices[1] = {.w = m.up, .at = m.up_at, .scale = 1};
-    p.n_matrices = 2;
+    p.slots = routing.k, p.factor = 1;
     // Few rows: several warps share the columns, and a block has less to do.
-    multiply_many(device, p, rows, rows <= 16 ? 1 : 0);
+    const int log_splits = rows <= 16 ? 1 : 0;
+    const ManyProduct::Part gate{.w = m.gate, .y = gates, .y_stride = hidden_stride, .at = 0, .scale = 0};
+    const ManyProduct::Part up{.w = m.up, .y = ups, .y_stride = hidden_stride, .at = m.up_at, .scale = 1};
+    if (mixed) {
+      p.n_matrices = 1;
+      for (const ManyProduct::Part& part : {gate, up}) {
+        p.matrices[0] = part;
+        multiply_many(device, p, rows, log_splits);
+      }
+      launch(device, swiglu_picks, static_cast<unsigned>(picks), threads, 0, hidden, gates, ups, m.gate.rows,
+             hidden_stride);
+    } else {
+      p.hidden = hidden, p.hidden_stride = hidden_stride;
+      p.matrices[0] = gate, p.matrices[1] = up, p.n_matrices = 2;
+      multiply_many(device, p, rows, log_splits);
+      p.hidden = nullptr;
+    }
 
     p.x = reinterpret_cast<const uint4*>(hidden), p.x_chunks = static_cast<std::uint32_t>(hidden_stride / 8);
-    p.slots = 0, p.hidden = nullptr, p.factor = 16;
+    p.slots = mixed ? 1 : 0, p.factor = 1 / hidden_scale;
     p.matrices[0] = {.w = m.down, .y = parts, .y_stride = part_stride, .at = m.down_at, .scale = 2};
     p.n_matrices = 1;
     multiply_many(device, p, rows, 0);
@@ -110,7 +141,6 @@ void slice_of_rows(const Device& device, DeviceScratch& scratch, const ExpertsMa
 
 void experts_many(const Device& device, DeviceScratch& scratch, const ExpertsMany& e) {
   const ExpertMatrices& m = e.experts->matrices;
-  assert(m.gate.type == m.up.type);
   // Scratch memory of up to a gibibyte.
   const std::size_t row_bytes =
       static_cast<std::size_t>(e.routing->k) * (static_cast<std::size_t>(m.down.rows) * sizeof(float) +

@@ -195,7 +195,8 @@ void launch_f32(const Device& device, const ManyProduct& product, const float* x
 
 void multiply_f32(const Device& device, const ManyProduct& product, const float* x, std::ptrdiff_t x_stride) {
   // Few rows: more blocks, which share the columns among their warps.
-  if (product.rows <= 128) return launch_f32<Shape<16, 8, 8>>(device, product, x, x_stride);
+  if (product.rows <= 64) return launch_f32<Shape<16, 8, 8>>(device, product, x, x_stride);
+  if (product.rows <= 1024) return launch_f32<Shape<32, 4, 4>>(device, product, x, x_stride);
   launch_f32<Shape<64, 2, 2>>(device, product, x, x_stride);
 }
 

@@ -18,8 +18,6 @@ __device__ inline std::uint32_t transpose_halves(std::uint32_t pair) {
   return out;
 }
 
-inline constexpr float hidden_scale = 0.0625f;  // of f16 images of SwiGLU's results: their range
-
 // Warps of a block: `groups` of weight rows x `splits` of columns.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks) many_product(const ManyProduct p) {
