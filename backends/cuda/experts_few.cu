@@ -8,28 +8,43 @@
 namespace qwen3next::cuda {
 namespace {
 
-// --- the router, in every thread block for itself ------------------------------------------------------------------
+// --- the router, in every thread block for itself, a warp a row ------------------------------------------------------
 
-// Shared memory of route(): per expert a probability, and a candidate's probability and id.
-struct RouteMemory {
-  float* p;
-  float* candidate;
-  int* candidate_id;
-  float* group_max;   // [max_few_experts / 32]
-  float* warp_value;  // [32]
-  int* count;
-
-  __host__ __device__ static int bytes(int experts) {
-    return (experts * 12 + max_few_experts / 32 * 4 + 32 * 4 + 16 + 15) / 16 * 16;
+struct RankedExpert {
+  float p;
+  int id;
+  __device__ __forceinline__ bool before(float other, int other_id) const {
+    return p > other || (p == other && id < other_id);
   }
-  __device__ RouteMemory(std::byte* at, int experts)
-      : p(reinterpret_cast<float*>(at)),
-        candidate(p + experts),
-        candidate_id(reinterpret_cast<int*>(candidate + experts)),
-        group_max(reinterpret_cast<float*>(candidate_id + experts)),
-        warp_value(group_max + max_few_experts / 32),
-        count(reinterpret_cast<int*>(warp_value + 32)) {}
 };
+
+// The place of `mine` among those of all lanes.
+__device__ __forceinline__ int rank_among_lanes(const RankedExpert& mine, int lane) {
+  int rank = 0;
+#pragma unroll 8
+  for (int j = 0; j < 32; ++j) {
+    const float p = __shfl_sync(0xffffffff, mine.p, j);
+    const int id = __shfl_sync(0xffffffff, mine.id, j);
+    rank += j != lane && !mine.before(p, id);
+  }
+  return rank;
+}
+
+// The best of those that come after `last`: for many experts, or many of equal probability.
+__device__ __noinline__ RankedExpert next_expert(const float* logits, int experts, float most, RankedExpert last,
+                                                 int lane) {
+  RankedExpert best{-1, experts};
+  for (int i = lane; i < experts; i += 32) {
+    const float p = expf(logits[i] - most);
+    if (last.before(p, i) && !best.before(p, i)) best = {p, i};
+  }
+  for (int step = 16; step > 0; step /= 2) {
+    const float p = __shfl_xor_sync(0xffffffff, best.p, step);
+    const int id = __shfl_xor_sync(0xffffffff, best.id, step);
+    if (!best.before(p, id)) best = {p, id};
+  }
+  return best;
+}
 
 __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
@@ -37,92 +52,87 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// ids, weights [k] in shared memory = the k largest of softmax(logits).  By all threads; ends with a barrier.
-// Candidates are what is not below the k-th largest of the maxima of 32 neighbours: few are left to be ranked.
-__device__ void route(const RouteMemory& m, const float* logits, int experts, int k, bool normalise, int* ids,
-                      float* weights) {
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int lane = thread % 32, warp = thread / 32, warps = threads / 32;
-  const int padded = (experts + 31) / 32 * 32;
-  float most = -INFINITY;
-  for (int i = thread; i < padded; i += threads) most = fmaxf(most, i < experts ? logits[i] : -INFINITY);
-  most = warp_max(most);
-  if (lane == 0) m.warp_value[warp] = most;
-  if (thread == 0) *m.count = 0;
-  __syncthreads();
-  most = warp_max(lane < warps ? m.warp_value[lane] : -INFINITY);
-  __syncthreads();
-  float sum = 0;
-  for (int i = thread; i < padded; i += threads) {
-    const float p = i < experts ? expf(logits[i] - most) : 0.0f;
-    if (i < experts) m.p[i] = p;
-    sum += p;
-    const float group = warp_max(p);
-    if (lane == 0) m.group_max[i / 32] = group;
-  }
-  sum = warp_sum(sum);
-  if (lane == 0) m.warp_value[warp] = sum;
-  __syncthreads();
-  sum = warp_sum(lane < warps ? m.warp_value[lane] : 0.0f);
-  if (!(sum <= 3.4e38f)) {  // NaN: no order, but an order
-    if (thread < k) ids[thread] = thread, weights[thread] = normalise ? 1 / static_cast<float>(k) : -1;
-    __syncthreads();
-    return;
-  }
-  float threshold = -1;
-  if (k <= 32) {
-    float mine = -1;
-    for (int i = lane; i < padded / 32; i += 32) mine = fmaxf(mine, m.group_max[i]);
-    int rank = 0;
+// ids, weights [k] = the k <= 16 largest of softmax(logits), by one warp.  Up to 512 experts lie in registers; those
+// that are not below the k-th largest of the lanes' maxima are few, and ranked.  `found`: [32] in shared memory.
+__device__ __forceinline__ void route_row(const float* logits, int experts, int k, bool normalise, RankedExpert* found,
+                                          int* ids, float* weights, int lane) {
+  constexpr int held = 16;
+  float p[held], most = -INFINITY, sum = 0;
 #pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      const float other = __shfl_sync(0xffffffff, mine, j);
-      rank += other > mine || (other == mine && j < lane);
+  for (int i = 0; i < held; ++i) {
+    p[i] = i * 32 + lane < experts ? logits[i * 32 + lane] : -INFINITY;
+    most = fmaxf(most, p[i]);
+  }
+  for (int i = 32 * held + lane; i < experts; i += 32) most = fmaxf(most, logits[i]);
+  most = warp_max(most);
+  float highest = -1;  // of this lane
+#pragma unroll
+  for (int i = 0; i < held; ++i) {
+    const bool is = i * 32 + lane < experts;
+    p[i] = is ? expf(p[i] - most) : -1.0f;
+    if (is) sum += p[i];
+    highest = fmaxf(highest, p[i]);
+  }
+  for (int i = 32 * held + lane; i < experts; i += 32) sum += expf(logits[i] - most);
+  sum = warp_sum(sum);
+  RankedExpert mine{-1, lane};
+  if (!(sum <= 3.4e38f)) {  // not all are numbers: no order, but an order
+    sum = 1;
+  } else {
+    int count = 33;
+    if (experts <= 32 * held) {
+      const int rank = rank_among_lanes({highest, lane}, lane);
+      const unsigned at_k = __ballot_sync(0xffffffff, rank == k - 1);
+      const float threshold = __shfl_sync(0xffffffff, highest, __ffs(static_cast<int>(at_k)) - 1);
+      count = 0;
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        const bool candidate = p[i] >= threshold && p[i] >= 0;
+        const unsigned lanes = __ballot_sync(0xffffffff, candidate);
+        const int at = count + __popc(lanes & ((1u << lane) - 1));
+        if (candidate && at < 32) found[at] = {p[i], i * 32 + lane};
+        count += __popc(lanes);
+      }
+      __syncwarp();
     }
-    const unsigned found = __ballot_sync(0xffffffff, rank == k - 1);
-    threshold = __shfl_sync(0xffffffff, mine, __ffs(static_cast<int>(found)) - 1);
-  }
-  for (int i = thread; i < experts; i += threads) {
-    if (m.p[i] < threshold) continue;
-    const int at = atomicAdd(m.count, 1);
-    m.candidate[at] = m.p[i], m.candidate_id[at] = i;
-  }
-  __syncthreads();
-  const int count = *m.count;
-  for (int i = thread; i < count; i += threads) {
-    const float p = m.candidate[i];
-    const int id = m.candidate_id[i];
-    int rank = 0;
-    for (int j = 0; j < count; ++j) {
-      const float other = m.candidate[j];
-      rank += other > p || (other == p && m.candidate_id[j] < id);
+    if (count <= 32) {
+      const RankedExpert candidate = lane < count ? found[lane] : RankedExpert{-1, experts + lane};
+      const int rank = rank_among_lanes(candidate, lane);
+      __syncwarp();
+      found[rank] = candidate;
+      __syncwarp();
+      mine = found[lane];
+    } else {
+      RankedExpert last{INFINITY, -1};
+      for (int i = 0; i < k; ++i) {
+        last = next_expert(logits, experts, most, last, lane);
+        if (lane == i) mine = last;
+      }
     }
-    if (rank < k) ids[rank] = id, weights[rank] = p / sum;
   }
-  __syncthreads();
-  float own = 0;
-  if (thread < k) {
-    float total = 0;
-    for (int i = 0; i < k; ++i) total += weights[i];
-    own = normalise ? weights[thread] / total : weights[thread];
+  const float weight = mine.p / sum;
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < max_few_slots; ++i) {
+    const float other = __shfl_sync(0xffffffff, weight, i);
+    if (i < k) total += other;
   }
-  __syncthreads();
-  if (thread < k) weights[thread] = own;
-  __syncthreads();
+  if (lane < k) ids[lane] = mine.id, weights[lane] = normalise ? weight / total : weight;
+  __syncwarp();
 }
 
 // --- gate and up ---------------------------------------------------------------------------------------------------
 
-// Units of one type: of gate, of up or of both, of all picks or of the shared expert.
+// Units of one type, of all picks or of the shared expert: of gate or of up, or in pairs of both, which SwiGLU joins.
 struct UpSection {
   DType type;
-  bool shared;
+  bool shared, paired;
   int strip_bytes, height;
-  int units, per_pick, gate_units;  // of all picks; of one; of these so many are gate's, the others up's
-  const std::byte *gate, *up;       // of the shared expert; where the picks' begin in their slots: gate_at, up_at
-  std::size_t gate_at, up_at;
+  int before, units, per_pick;  // in the sections before; of all picks; of one
+  const std::byte *gate, *up;   // of the shared expert; up only: gate is null
+  std::size_t gate_at, up_at;   // of the picks, in their slots
   float gate_factor, up_factor;
-  int gate_rows, up_rows, up_begin;  // where up's values begin among a pick's
+  int rows, begin;  // of a matrix; where the values begin among a pick's
 };
 struct UpWork {
   UpSection sections[4];
@@ -143,39 +153,45 @@ struct UpSections {
   const int* ids;
   int begin, end, count;
 
-  __device__ __forceinline__ int before(int section) const {
-    int sum = 0;
-    for (int i = 0; i < section; ++i) sum += work.sections[i].units;
-    return sum;
-  }
   __device__ __forceinline__ DType type(int i) const { return work.sections[i].type; }
   __device__ __forceinline__ int strip_bytes(int i) const { return work.sections[i].strip_bytes; }
-  __device__ __forceinline__ int first(int i) const { return max(begin, before(i)) - before(i); }
-  __device__ __forceinline__ int last(int i) const { return min(end, before(i) + work.sections[i].units) - before(i); }
+  __device__ __forceinline__ int first(int i) const {
+    return max(begin, work.sections[i].before) - work.sections[i].before;
+  }
+  __device__ __forceinline__ int last(int i) const {
+    return min(end - work.sections[i].before, work.sections[i].units);
+  }
   __device__ __forceinline__ int columns(int i) const { return work.sections[i].shared ? work.x.n_rows : 1; }
+  __device__ __forceinline__ bool paired(int i) const { return work.sections[i].paired; }
   __device__ __forceinline__ Unit unit(int section, int unit) const {
     const UpSection& s = work.sections[section];
     const int pick = s.shared ? 0 : unit / s.per_pick;
     int i = unit - pick * s.per_pick;
-    const bool up = i >= s.gate_units;
-    if (up) i -= s.gate_units;
+    bool up = s.gate_factor == 0;
+    if (s.paired) up = i % 2, i /= 2;
     const std::size_t at =
         static_cast<std::size_t>(i) * static_cast<std::size_t>(s.strip_bytes * work.experts.gate.strips());
     if (s.shared) return {(up ? s.up : s.gate) + at, -1};
     return {slots[pick] + (up ? s.up_at : s.gate_at) + at, pick / work.routing.k};
   }
-  __device__ __forceinline__ void done(int section, int unit, int row, int n, float sum) const {
+  __device__ __forceinline__ void done(int section, int unit, int row, int n, float sum, float second) const {
     const UpSection& s = work.sections[section];
     const int pick = s.shared ? n : unit / s.per_pick;
     int i = s.shared ? unit : unit - pick * s.per_pick;
-    const bool up = i >= s.gate_units;
-    if (up) i -= s.gate_units;
+    if (s.paired) i /= 2;
     i = i * s.height + row;
-    if (i >= (up ? s.up_rows : s.gate_rows)) return;
-    float factor = up ? s.up_factor : s.gate_factor;
-    if (!s.shared && work.experts.scales) factor *= work.experts.scales[3 * ids[pick] + up];
+    if (i >= s.rows) return;
+    const float* scales = s.shared || !work.experts.scales ? nullptr : work.experts.scales + 3 * ids[pick];
+    float value;
+    if (s.paired) {
+      const float gate = sum * s.gate_factor * (scales ? scales[0] : 1.0f);
+      value = silu(gate) * (second * s.up_factor * (scales ? scales[1] : 1.0f));
+    } else {
+      const bool up = s.gate_factor == 0;
+      value = sum * (up ? s.up_factor : s.gate_factor) * (scales ? scales[up] : 1.0f);
+    }
     float* to = s.shared ? work.shared + pick * work.shared_width : work.routed + pick * work.routed_width;
-    to[(up ? s.up_begin : 0) + i] = sum * factor;
+    to[s.begin + i] = value;
   }
 };
 
@@ -185,17 +201,20 @@ __global__ void __launch_bounds__(256, 2) experts_up_kernel(const __grid_constan
   __shared__ int ids[few_rows * max_few_slots];
   __shared__ float weights[few_rows * max_few_slots];
   __shared__ const std::byte* slots[few_rows * max_few_slots];
+  __shared__ std::uint64_t barriers[8 * most_depth];
+  __shared__ RankedExpert found[few_rows][32];
   auto* memory = reinterpret_cast<std::byte*>(shared_memory);
   const int strips = work.experts.gate.strips(), warps = static_cast<int>(blockDim.x) / 32, k = work.routing.k;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const SharedRows rows(memory + work.rows_at, work.x.n_rows, strips, work.single);
   FewBlock block{rows, reinterpret_cast<float*>(memory + work.sums_at), work.half_floats, work.split, work.rounds};
-  const auto share = [&](unsigned b) {
-    return static_cast<int>(static_cast<std::int64_t>(work.units) * b / gridDim.x);
+  const auto share = [&](unsigned b) {  // whole pairs
+    return static_cast<int>(static_cast<std::int64_t>(work.units / 2) * b / gridDim.x) * 2;
   };
   const UpSections sections{work, slots, ids, share(blockIdx.x), share(blockIdx.x + 1), work.count};
   const int picks = rows.rows * k;
 
+  for (int i = thread * 16; i < work.experts.count; i += threads * 16) prefetch(work.experts.slots + i);
   wait_for_predecessor();
   let_successor_start();
   if (work.logits.data) {
@@ -207,14 +226,17 @@ __global__ void __launch_bounds__(256, 2) experts_up_kernel(const __grid_constan
       if (s.shared || from >= to) continue;
       first = min(first, from / s.per_pick / k), last = max(last, (to - 1) / s.per_pick / k);
     }
-    for (int n = first; n <= last; ++n) {  // in memory that the ring does not use yet
-      route(RouteMemory(memory, work.experts.count), work.logits.data + n * work.logits.stride, work.experts.count, k,
-            work.normalise, ids + n * k, weights + n * k);
+    const int lane = thread % 32;
+    for (int n = first + thread / 32; n <= last; n += warps) {
+      route_row(work.logits.data + n * work.logits.stride, work.experts.count, k, work.normalise, found[n], ids + n * k,
+                weights + n * k, lane);
       const int row_begin = n * k * work.sections[0].per_pick;
-      if (row_begin < sections.begin || row_begin >= sections.end || thread >= k) continue;
-      work.routing.ids[n * k + thread] = ids[n * k + thread];
-      work.routing.weights[n * k + thread] = weights[n * k + thread];
+      if (row_begin >= sections.begin && row_begin < sections.end && lane < k) {
+        work.routing.ids[n * k + lane] = ids[n * k + lane];
+        work.routing.weights[n * k + lane] = weights[n * k + lane];
+      }
     }
+    __syncthreads();
     for (int i = first * k + thread; i < (last + 1) * k; i += threads) slots[i] = work.experts.slots[ids[i]];
   } else {
     for (int i = thread; i < picks; i += threads) {
@@ -223,7 +245,7 @@ __global__ void __launch_bounds__(256, 2) experts_up_kernel(const __grid_constan
   }
   __syncthreads();
 
-  StripRing ring(memory, work.slot_bytes, work.depth, thread / 32);
+  StripRing ring(memory, barriers, work.slot_bytes, work.depth, thread / 32, thread % 32);
   StripCursor cursor(sections, block, thread / 32, warps);
   ring.fill(cursor, thread % 32);
   for (int n = 0; n < rows.rows; ++n) prepare_plain_row(rows, work.x, n);
@@ -240,9 +262,10 @@ struct DownWork {
   Routing routing;
   const float* routed;  // as UpWork has them
   const float* shared;
-  int routed_width, shared_width, up_begin, shared_up_begin;
-  int strips;  // of the wider of the two
-  int slots;   // k, or with the shared expert k + 1
+  int routed_width, shared_width;
+  int up_begin, shared_up_begin;  // 0: the values are SwiGLU's, not gate's
+  int strips;                     // of the wider of the two
+  int slots;                      // k, or with the shared expert k + 1
   float factor, shared_factor;
   bool normalise, single;
   int slot_bytes, depth, rows_at, strip_bytes, shared_strip_bytes;
@@ -291,23 +314,30 @@ __device__ __noinline__ void down_tile_f32(const std::byte* tile, int strips, co
   }
 }
 
-template <bool all_types>
-__global__ void __launch_bounds__(32 * (max_few_slots + 1), 1)
+// Two kernels of this file, or one and a product before or after it, should fit into a multiprocessor together.
+inline constexpr int usual_slots = 11;
+
+template <bool all_types, int most_slots>
+__global__ void __launch_bounds__(32 * most_slots, most_slots <= usual_slots ? 2 : 1)
     experts_down_kernel(const __grid_constant__ DownWork work) {
   extern __shared__ uint4 shared_memory[];
   __shared__ int ids[max_few_slots];
   __shared__ float weights[max_few_slots];
   __shared__ float sums[max_few_slots + 1][strip_rows];
+  __shared__ std::uint64_t barriers[(max_few_slots + 1) * most_depth];
+  __shared__ RankedExpert found[32];
   auto* memory = reinterpret_cast<std::byte*>(shared_memory);
   const int k = work.routing.k, t = static_cast<int>(blockIdx.y), tile = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, slot = thread / 32;
   const SharedRows rows(memory + work.rows_at, work.slots, work.strips, work.single);
   const bool shared = slot == k;
 
-  if (work.logits
-          .data) {  // two launches old, so it can be read before waiting; in memory that the ring does not use yet
-    route(RouteMemory(memory, work.experts.count), work.logits.data + t * work.logits.stride, work.experts.count, k,
-          work.normalise, ids, weights);
+  if (work.logits.data) {  // two launches old, so it can be read before waiting
+    if (slot == 0) {
+      route_row(work.logits.data + t * work.logits.stride, work.experts.count, k, work.normalise, found, ids, weights,
+                lane);
+    }
+    __syncthreads();
   } else {
     wait_for_predecessor();
     if (thread < k) {
@@ -322,20 +352,19 @@ __global__ void __launch_bounds__(32 * (max_few_slots + 1), 1)
   const int strip_bytes = shared ? work.shared_strip_bytes : work.strip_bytes;
   const std::byte* from = shared ? work.shared_down.data : work.experts.slots[ids[slot]] + work.experts.down_at;
   from += static_cast<std::size_t>(tile) * static_cast<std::size_t>(strips * strip_bytes);
-  StripRing ring(memory, work.slot_bytes, work.depth, slot);
+  StripRing ring(memory, barriers, work.slot_bytes, work.depth, slot, lane);
   TileCursor cursor{from, type == DType::f32 ? 0 : strips, strip_bytes};
   ring.fill(cursor, lane);
   wait_for_predecessor();
   let_successor_start();
   const float* gate = shared ? work.shared + t * work.shared_width : work.routed + (t * k + slot) * work.routed_width;
-  const float* up = gate + (shared ? work.shared_up_begin : work.up_begin);
+  const int up_begin = shared ? work.shared_up_begin : work.up_begin;
   for (int i = lane; i < work.strips * strip_cols / 8; i += 32) {
-    float v[8];
+    float v[8], g[8];
+    load_eight(g, gate, 8 * i, width);
+    if (up_begin > 0) load_eight(v, gate + up_begin, 8 * i, width);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int c = 8 * i + j;
-      v[j] = c < width ? silu(gate[c]) * up[c] * (1 / down_unit) : 0.0f;
-    }
+    for (int j = 0; j < 8; ++j) v[j] = (up_begin > 0 ? silu(g[j]) * v[j] : g[j]) * (1 / down_unit);
     rows.store(slot, i, v);
   }
   __syncwarp();
@@ -389,17 +418,6 @@ __global__ void __launch_bounds__(32 * (max_few_slots + 1), 1)
 
 float factor_of(const Matrix& m) { return m.scale * (m.type == DType::f32 ? 1.0f : strip_unit(m.type)); }
 
-UpSection section_of(const Matrix& gate, const Matrix& up, bool with_gate, bool with_up) {
-  UpSection s{};
-  s.type = with_gate ? gate.type : up.type;
-  s.strip_bytes = bytes_on_the_way(s.type), s.height = unit_rows(s.type);
-  s.gate_units = with_gate ? units_of(gate) : 0;
-  s.per_pick = s.gate_units + (with_up ? units_of(up) : 0);
-  s.gate = gate.data, s.up = up.data, s.gate_factor = factor_of(gate), s.up_factor = factor_of(up);
-  s.gate_rows = gate.rows, s.up_rows = up.rows, s.up_begin = gate.rows;
-  return s;
-}
-
 }  // namespace
 
 void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew& e) {
@@ -407,6 +425,10 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
   const int T = e.x.n_rows, k = e.routing.k;
   assert(T <= few_rows && k <= max_few_slots && m.count <= max_few_experts);
   if (T == 0) return;
+  constexpr int most_slots = max_few_slots + 1;
+  [[maybe_unused]] static const bool asked =
+      prefer_shared_memory(experts_up_kernel<false>, experts_up_kernel<true>, experts_down_kernel<false, usual_slots>,
+                           experts_down_kernel<true, most_slots>);
   const bool with_shared = e.shared_logit.data != nullptr;
   const auto limit = static_cast<int>(device.properties().shared_memory_per_block) - 4096;
 
@@ -417,29 +439,36 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
   up.routed = scratch.get<float>(static_cast<std::size_t>(T * (k * up.routed_width + up.shared_width)));
   up.shared = up.routed + T * k * up.routed_width;
   bool all_types = false;
-  const auto add_section = [&](UpSection s, bool shared) {
-    s.shared = shared, s.units = (shared ? 1 : T * k) * s.per_pick;
-    s.up_at = m.up_at;
-    up.units += s.units, up.single |= s.type == DType::f32, all_types |= !usual(s.type);
+  const auto add_section = [&](UpSection s, int matrices) {
+    s.strip_bytes = bytes_on_the_way(s.type), s.height = unit_rows(s.type);
+    s.per_pick = matrices * ((s.rows + s.height - 1) / s.height);
+    s.before = up.units, s.units = (s.shared ? 1 : T * k) * s.per_pick;
+    up.units += (s.units + 1) / 2 * 2;  // so that pairs begin at even ones
+    up.single |= s.type == DType::f32, all_types |= !usual(s.type);
     up.slot_bytes = std::max(up.slot_bytes, s.strip_bytes);
     up.sections[up.count++] = s;
   };
   const auto add = [&](const Matrix& gate, const Matrix& up_matrix, bool shared) {
-    if (gate.type == up_matrix.type) return add_section(section_of(gate, up_matrix, true, true), shared);
-    add_section(section_of(gate, up_matrix, true, false), shared);
-    add_section(section_of(gate, up_matrix, false, true), shared);
+    UpSection s{};
+    s.type = gate.type, s.shared = shared, s.paired = gate.type == up_matrix.type;
+    s.gate = gate.data, s.up = up_matrix.data, s.up_at = m.up_at;
+    s.gate_factor = factor_of(gate), s.up_factor = factor_of(up_matrix), s.rows = gate.rows;
+    add_section(s, s.paired ? 2 : 1);
+    if (s.paired) return;
+    s.type = up_matrix.type, s.gate_factor = 0, s.begin = gate.rows;
+    add_section(s, 1);
   };
   add(m.gate, m.up, false);
   if (with_shared) add(e.shared_gate, e.shared_up, true);
 
   int warps = 8;
-  const int strips = m.gate.strips(), route_bytes = RouteMemory::bytes(m.count);
+  const int strips = m.gate.strips();
   const auto lay_out = [&](int rows) {
-    up.split = split_of(warps, strips), up.rounds = 2;
+    up.split = split_of(warps, strips), up.rounds = up.units > 4 * device.properties().multiprocessors ? 4 : 2;
     up.half_floats = FewBlock::sum_bytes(warps, up.rounds, rows) / 8;
     const int row_bytes = SharedRows::bytes(rows, strips, up.single), rest = row_bytes + 8 * up.half_floats;
     up.depth = std::clamp((limit / 2 - rest) / (warps * up.slot_bytes), 1, most_depth);
-    up.rows_at = std::max(up.depth * warps * up.slot_bytes, route_bytes);
+    up.rows_at = up.depth * warps * up.slot_bytes;
     up.sums_at = up.rows_at + row_bytes;
     return up.sums_at + 8 * up.half_floats;
   };
@@ -456,21 +485,23 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
     }
     return;
   }
-  const int blocks = std::min(up.units, 2 * device.properties().multiprocessors);
+  const int blocks = std::min(up.units / 2, device.properties().multiprocessors);
   launch(device, all_types ? experts_up_kernel<true> : experts_up_kernel<false>, dim3(static_cast<unsigned>(blocks)),
          dim3(static_cast<unsigned>(32 * warps)), static_cast<std::size_t>(lay_out(T)), up);
 
   DownWork down{};
   down.experts = m, down.out = e.out, down.residual = e.residual, down.logits = e.logits, down.routing = e.routing;
   down.routed = up.routed, down.shared = up.shared;
-  down.routed_width = up.routed_width, down.shared_width = up.shared_width, down.up_begin = m.gate.rows;
+  down.routed_width = up.routed_width, down.shared_width = up.shared_width,
+  down.up_begin = m.gate.type == m.up.type ? 0 : m.gate.rows;
   down.normalise = e.normalise, down.strips = m.down.strips(), down.slots = k;
   down.factor = down_unit * factor_of(m.down), down.strip_bytes = strip_layout(m.down.type).bytes;
   down.single = m.down.type == DType::f32;
   all_types = !usual(m.down.type);
   if (with_shared) {
     const Matrix& s = e.shared_down;
-    down.shared_down = s, down.shared_logit = e.shared_logit, down.shared_up_begin = e.shared_gate.rows;
+    down.shared_down = s, down.shared_logit = e.shared_logit,
+    down.shared_up_begin = e.shared_gate.type == e.shared_up.type ? 0 : e.shared_gate.rows;
     down.strips = std::max(down.strips, s.strips()), ++down.slots;
     down.shared_factor = down_unit * factor_of(s), down.shared_strip_bytes = strip_layout(s.type).bytes;
     down.single |= s.type == DType::f32, all_types |= !usual(s.type);
@@ -481,8 +512,10 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
   const int row_bytes = SharedRows::bytes(down.slots, down.strips, down.single);
   const int slot_bytes = std::max(1, down.slots * down.slot_bytes);
   down.depth = std::clamp((limit - row_bytes) / slot_bytes, 1, std::min(most_depth, down.strips));
-  down.rows_at = std::max(down.depth * down.slots * down.slot_bytes, route_bytes);
-  launch(device, all_types ? experts_down_kernel<true> : experts_down_kernel<false>,
+  down.rows_at = down.depth * down.slots * down.slot_bytes;
+  launch(device,
+         all_types || down.slots > usual_slots ? experts_down_kernel<true, most_slots>
+                                               : experts_down_kernel<false, usual_slots>,
          dim3(static_cast<unsigned>(m.down.row_tiles()), static_cast<unsigned>(T)),
          dim3(static_cast<unsigned>(32 * down.slots)), static_cast<std::size_t>(down.rows_at + row_bytes), down);
 }

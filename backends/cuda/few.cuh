@@ -37,6 +37,9 @@ __device__ __forceinline__ float saturated(float v) { return v > 65504 ? 65504 :
 
 __device__ __forceinline__ float half_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
+// Asks for the line of memory that `at` lies in.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Rows of activations in shared memory.
 struct SharedRows {
   std::uint16_t* half;   // [rows, stride]
@@ -95,6 +98,17 @@ struct SharedRows {
   }
 };
 
+// Eight neighbours of a row; those beyond `cols` are 0.
+__device__ __forceinline__ void load_eight(float (&v)[8], const float* row, int begin, int cols) {
+  if (begin + 8 <= cols && reinterpret_cast<std::uintptr_t>(row) % 16 == 0) {
+    const auto* from = reinterpret_cast<const float4*>(row + begin);
+    const float4 a = from[0], b = from[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < 8; ++k) v[k] = begin + k < cols ? row[begin + k] : 0.0f;
+}
 // Rows as they are: x.half, or x.data if f32 is wanted too.
 __device__ __forceinline__ void prepare_plain_row(const SharedRows& to, const CudaTensor& x, int n) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -132,10 +146,22 @@ struct Unit {
 };
 
 // A warp's share of shared memory for weights on their way: strips are asked for `depth` ahead, whatever their type.
+// From compute capability 9.0 on by bulk copies, an instruction each, which tell a barrier in shared memory when they
+// are done; before by cp.async.
 class StripRing {
  public:
-  __device__ StripRing(std::byte* at, int slot_bytes, int depth, int warp)
-      : slots_(at + warp * depth * slot_bytes), slot_bytes_(slot_bytes), depth_(depth) {}
+  __device__ StripRing(std::byte* at, std::uint64_t* barriers, int slot_bytes, int depth, int warp, int lane)
+      : slots_(address(at) + static_cast<std::uint32_t>(warp * depth * slot_bytes)),
+        start_(at + warp * depth * slot_bytes),
+        barriers_(address(barriers + warp * most_depth)),
+        slot_bytes_(slot_bytes),
+        depth_(depth) {
+#if __CUDA_ARCH__ >= 900
+    if (lane < depth) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers_ + 8 * lane) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+#endif
+  }
 
   template <class Cursor>
   __device__ __forceinline__ void fill(Cursor& cursor, int lane) {
@@ -146,43 +172,86 @@ class StripRing {
   template <class Cursor>
   __device__ __forceinline__ void ask(Cursor& cursor, int lane) {
     const std::byte* from;
-    int bytes, row_bytes;
+    int bytes, row_bytes;  // of f32 four rows, row_bytes apart; else one piece, and 0
+    const std::uint32_t to = slots_ + static_cast<std::uint32_t>(put_ * slot_bytes_);
     if (cursor.next(from, bytes, row_bytes)) {
-      const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(slots_ + put_ * slot_bytes_));
+#if __CUDA_ARCH__ >= 900
+      const std::uint32_t barrier = barriers_ + static_cast<std::uint32_t>(8 * put_);
+      if (lane == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+        if (row_bytes == 0) {
+          copy(to, from, bytes, barrier);
+        } else {
+#pragma unroll
+          for (int i = 0; i < f32_unit_rows; ++i) copy(to + 1024 * i, from + i * row_bytes, 1024, barrier);
+        }
+      }
+#else
       if (row_bytes == 0) {
 #pragma unroll 4
         for (int i = lane * 16; i < bytes; i += 512) copy(to + i, from + i);
-      } else {  // four rows of f32
+      } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) copy(to + i * 512 + lane * 16, from + i / 2 * row_bytes + i % 2 * 512 + lane * 16);
       }
+#endif
     }
+#if __CUDA_ARCH__ < 900
     asm volatile("cp.async.commit_group;");
+#endif
     put_ = put_ + 1 == depth_ ? 0 : put_ + 1;
   }
+
   // The oldest strip that was asked for, once it is there; all lanes must have read it before the next ask().
   __device__ __forceinline__ const std::byte* take() {
+#if __CUDA_ARCH__ >= 900
+    const std::uint32_t barrier = barriers_ + static_cast<std::uint32_t>(8 * get_);
+    std::uint32_t done;
+    do {
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(barrier), "r"(phase_)
+                   : "memory");
+    } while (!done);
+#else
     if (depth_ == 1) asm volatile("cp.async.wait_group 0;" ::: "memory");
     if (depth_ == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
     if (depth_ == 3) asm volatile("cp.async.wait_group 2;" ::: "memory");
     if (depth_ == most_depth) asm volatile("cp.async.wait_group 3;" ::: "memory");
     __syncwarp();
-    const std::byte* slot = slots_ + get_ * slot_bytes_;
-    get_ = get_ + 1 == depth_ ? 0 : get_ + 1;
+#endif
+    const std::byte* slot = start_ + get_ * slot_bytes_;
+    if (++get_ == depth_) get_ = 0, phase_ ^= 1;
     return slot;
   }
 
  private:
-  __device__ __forceinline__ static void copy(std::uint32_t to, const std::byte* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+  __device__ __forceinline__ static std::uint32_t address(const void* p) {
+    return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
   }
-  std::byte* slots_;
+#if __CUDA_ARCH__ >= 900
+  __device__ __forceinline__ static void copy(std::uint32_t to, const std::byte* from, int bytes,
+                                              std::uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+  }
+#else
+  __device__ __forceinline__ static void copy(std::uint32_t to, const std::byte* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  }
+#endif
+  std::uint32_t slots_;
+  const std::byte* start_;
+  std::uint32_t barriers_;
   int slot_bytes_, depth_, put_ = 0, get_ = 0;
+  std::uint32_t phase_ = 0;
 };
 
 // What a thread block multiplies.  `Sections` has sections of units of one type:
 //   int count;  DType type(i);  int strip_bytes(i);  int first(i), last(i);  Unit unit(i, unit);
-//   int columns(i): rows of activations of a unit;  void done(i, unit, row of the unit, column, sum)
+//   int columns(i): rows of activations of a unit;  bool paired(i): units 2 j and 2 j + 1 are finished together;
+//   void done(i, unit, row of the unit, column, sum, sum of the unit after it if they are a pair)
 struct FewBlock {
   SharedRows in;
   float* sums;      // [2][rounds * lanes of units][split][columns][16]
@@ -248,16 +317,21 @@ __device__ __forceinline__ void store_sums(float* to, const float (&acc)[4], int
   if (n + 1 < columns) to[(n + 1) * 16 + g] = acc[1], to[(n + 1) * 16 + g + 8] = acc[3];
 }
 
-// Adds up the warps' sums of the units [first, first + count) and hands them out.
+// Adds up the warps' sums of the units [first, first + count) and hands them out; those of a pair together.
 template <int height, class Sections>
 __device__ __forceinline__ void finish_units(const Sections& of, int section, const FewBlock& block, const float* sums,
                                              int first, int count, int columns) {
-  for (int i = static_cast<int>(threadIdx.x); i < count * columns * height; i += static_cast<int>(blockDim.x)) {
-    const int row = i % height, n = i / height % columns, unit = i / height / columns;
+  const auto sum_of = [&](int unit, int n, int row) {
     const float* from = sums + (unit * block.split * columns + n) * 16 + row;
     float sum = 0;
     for (int k = 0; k < block.split; ++k) sum += from[k * columns * 16];
-    of.done(section, first + unit, row, n, sum);
+    return sum;
+  };
+  const int step = of.paired(section) ? 2 : 1;
+  for (int i = static_cast<int>(threadIdx.x); i < count / step * columns * height; i += static_cast<int>(blockDim.x)) {
+    const int row = i % height, n = i / height % columns, unit = i / height / columns * step;
+    const float sum = sum_of(unit, n, row);
+    of.done(section, first + unit, row, n, sum, step == 2 ? sum_of(unit + 1, n, row) : 0.0f);
   }
 }
 
@@ -420,6 +494,16 @@ __device__ __forceinline__ void multiply_sections(const Sections& of, FewBlock& 
       }
     }
   }
+}
+
+// A multiprocessor stands still while its memory is divided anew between L1 and shared: all of these kernels ask for
+// the same division.
+template <class... Kernels>
+bool prefer_shared_memory(Kernels*... kernels) {
+  (check(cudaFuncSetAttribute(kernels, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+         "asking for shared memory"),
+   ...);
+  return true;
 }
 
 // Bytes of a strip on its way: of f32 four rows of it.

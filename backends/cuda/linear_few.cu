@@ -35,7 +35,8 @@ struct ProductSections {
     const auto bytes = static_cast<std::size_t>(products.strip_bytes[i] * strips);
     return {products.of[i].w.data + static_cast<std::size_t>(unit) * bytes, -1};
   }
-  __device__ __forceinline__ void done(int i, int unit, int row, int n, float sum) const {
+  __device__ __forceinline__ static constexpr bool paired(int) { return false; }
+  __device__ __forceinline__ void done(int i, int unit, int row, int n, float sum, float) const {
     const Product& p = products.of[i];
     const int at = unit * unit_rows(p.w.type) + row;
     if (at >= p.w.rows) return;
@@ -56,17 +57,6 @@ struct FewPlan {
   bool single;
 };
 
-// Eight neighbours of a row; those beyond `cols` are 0.
-__device__ __forceinline__ void load_eight(float (&v)[8], const float* row, int begin, int cols) {
-  if (begin + 8 <= cols && reinterpret_cast<std::uintptr_t>(row) % 16 == 0) {
-    const auto* from = reinterpret_cast<const float4*>(row + begin);
-    const float4 a = from[0], b = from[1];
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < 8; ++k) v[k] = begin + k < cols ? row[begin + k] : 0.0f;
-}
 __device__ __forceinline__ void store_eight(const CudaTensor& to, int row, int begin, const float (&v)[8]) {
   float* data = to.data + row * to.stride + begin;
   std::uint16_t* half = to.half + row * to.stride + begin;
@@ -107,7 +97,7 @@ inline NormGroups norm_groups(const FewInput& input, int cols) {
 // Before waiting: what is no kernel's result.
 __device__ __forceinline__ void prefetch_norm(const FewInput& input) {
   for (int i = static_cast<int>(threadIdx.x) * 32; i < input.norm_size; i += static_cast<int>(blockDim.x) * 32) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(input.norm + i));
+    prefetch(input.norm + i);
   }
 }
 
@@ -187,6 +177,7 @@ __global__ void __launch_bounds__(512, 1)
     linear_few_kernel(const __grid_constant__ FewProducts products, const CudaTensor x,
                       const __grid_constant__ FewInput input, const CudaTensor residual, const FewPlan plan) {
   extern __shared__ uint4 shared_memory[];
+  __shared__ std::uint64_t barriers[8 * most_depth];
   auto* memory = reinterpret_cast<std::byte*>(shared_memory);
   const int strips = products.of[0].w.strips(), warps = static_cast<int>(blockDim.x) / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -197,7 +188,7 @@ __global__ void __launch_bounds__(512, 1)
   };
   const ProductSections sections{products, residual, share(blockIdx.x), share(blockIdx.x + 1),
                                  x.n_rows, strips,   products.count};
-  StripRing ring(memory, plan.slot_bytes, plan.depth, warp);
+  StripRing ring(memory, barriers, plan.slot_bytes, plan.depth, warp, lane);
   StripCursor cursor(sections, block, warp, warps);
   ring.fill(cursor, lane);
   prefetch_norm(input);
@@ -214,6 +205,7 @@ void linear_few(const Device& device, CudaTensor x, std::span<const Product> pro
                 CudaTensor residual) {
   assert(x.n_rows <= max_few_rows && products.size() <= max_few_products);
   if (x.n_rows == 0 || products.empty()) return;
+  [[maybe_unused]] static const bool asked = prefer_shared_memory(linear_few_kernel<false>, linear_few_kernel<true>);
   FewProducts all{};
   FewPlan plan{};
   bool all_types = false;
