@@ -6,6 +6,7 @@
 // This header is plain C++; kernels are in the .cu files beside it.  An instance owns its scratch memory: one caller at
 // a time.  All instances share the device's one stream, and nothing waits but host().
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
@@ -141,11 +142,15 @@ class CudaBackend {
   }
 
   void experts(Tensor out, Tensor x, const Experts& experts, const Routing& routing) {
-    if (few(x, experts, routing.k)) {
-      cuda::experts_few(*device_, scratch_, {.out = out, .x = x, .experts = &experts, .routing = routing});
-    } else {
+    if (many(x, experts, routing.k)) {
       cuda::experts_many(*device_, scratch_, {.out = out, .x = x, .experts = &experts, .routing = &routing});
+      return;
     }
+    few_at_a_time(x, [&](int begin, int n) {
+      cuda::experts_few(
+          *device_, scratch_,
+          {.out = out.rows(begin, n), .x = x.rows(begin, n), .experts = &experts, .routing = routing.slice(begin, n)});
+    });
   }
 
   void swiglu(Tensor out, Tensor gate, Tensor up) { cuda::swiglu(*device_, out, gate, up, 1); }
@@ -206,26 +211,28 @@ class CudaBackend {
 
   void experts_add(Tensor x, Tensor h, Tensor logits, Routing& routing, const Experts& experts,
                    const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
-    if (few(h, experts, k)) {
+    if (!many(h, experts, k)) {
       routing.rows = h.n_rows, routing.k = k;
-      cuda::experts_few(*device_, scratch_,
-                        {.residual = x,
-                         .x = h,
-                         .experts = &experts,
-                         .logits = logits,
-                         .routing = routing,
-                         .normalise = normalise,
-                         .shared_gate = shared.gate_proj.matrix(),
-                         .shared_up = shared.up_proj.matrix(),
-                         .shared_down = shared.down_proj.matrix(),
-                         .shared_logit = shared.gate});
+      few_at_a_time(h, [&](int begin, int n) {
+        cuda::experts_few(*device_, scratch_,
+                          {.residual = x.rows(begin, n),
+                           .x = h.rows(begin, n),
+                           .experts = &experts,
+                           .logits = logits.rows(begin, n),
+                           .routing = routing.slice(begin, n),
+                           .normalise = normalise,
+                           .shared_gate = shared.gate_proj.matrix(),
+                           .shared_up = shared.up_proj.matrix(),
+                           .shared_down = shared.down_proj.matrix(),
+                           .shared_logit = shared.gate.rows(begin, n)});
+      });
       return;
     }
-    constexpr float half_scale = 1.0f / 16;  // what SwiGLU makes may leave the range of f16
     router(routing, logits, k, normalise);
     linear(h, {{shared.gate_proj, shared.hidden}, {shared.up_proj, shared.up}});
-    cuda::swiglu(*device_, shared.hidden, shared.hidden, shared.up, half_scale);
-    cuda::linear_many(*device_, shared.hidden, one_of_many({shared.down_proj.matrix(), shared.y}), 1 / half_scale);
+    cuda::swiglu(*device_, shared.hidden, shared.hidden, shared.up, cuda::hidden_scale);
+    cuda::linear_many(*device_, shared.hidden, one_of_many({shared.down_proj.matrix(), shared.y}),
+                      1 / cuda::hidden_scale);
     cuda::experts_many(*device_, scratch_,
                        {.out = x,
                         .x = h,
@@ -251,9 +258,21 @@ class CudaBackend {
 
   static std::span<const cuda::ManyOutput> one_of_many(const cuda::ManyOutput& p) noexcept { return {&p, 1}; }
 
-  static bool few(const Tensor& x, const Experts& experts, int k) noexcept {
-    return x.n_rows <= cuda::max_few_rows && k <= cuda::max_few_slots &&
-           experts.matrices.count <= cuda::max_few_experts;
+  // Whether experts go by experts_many: it has no products with f32, which only small models keep them in.
+  static bool many(const Tensor& x, const Experts& experts, int k) {
+    const cuda::ExpertMatrices& m = experts.matrices;
+    const bool f32 = m.gate.type == DType::f32 || m.up.type == DType::f32 || m.down.type == DType::f32;
+    const bool fit_few = k <= cuda::max_few_slots && m.count <= cuda::max_few_experts;
+    if (f32 && !fit_few) {
+      throw Error("the cuda backend takes F32 experts of layers of up to " + std::to_string(cuda::max_few_experts) +
+                  ", " + std::to_string(cuda::max_few_slots) + " a token: use cpu, or quantise them");
+    }
+    return !f32 && !(fit_few && x.n_rows <= cuda::max_few_rows);
+  }
+  template <class F>
+  static void few_at_a_time(const Tensor& x, F f) {
+    for (int begin = 0; begin < x.n_rows; begin += cuda::max_few_rows)
+      f(begin, std::min(cuda::max_few_rows, x.n_rows - begin));
   }
 
   // y = W input(x);  of more than a few rows, W x.

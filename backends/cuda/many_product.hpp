@@ -12,8 +12,6 @@
 
 namespace qwen3next::cuda {
 
-inline constexpr float hidden_scale = 0.0625f;  // of f16 images of SwiGLU's results: their range
-
 // Either every matrix times every row of x:  y[row] = factor * W x[row]   (or +=)
 // or, with `tiles`, the picked rows times the matrices of their expert e; `place` is that in the sorted picks:
 //   y[pick] = factor * W_e x[..]                                 matrices[0]; pick = row * k + slot

@@ -7,6 +7,10 @@
 
 namespace qwen3next::cuda {
 
+// What f16 images of SwiGLU's results hold, and products with them undo: these are products of two projections, and may
+// leave the range of f16 by a little.
+inline constexpr float hidden_scale = 0.25f;
+
 // A view; the backend that made it owns the memory.  Rows are `stride` elements apart in both images; the stride is a
 // multiple of 64, and what lies between cols and stride is zero.  Only operations whose results enter products write
 // `half` (see CudaBackend).
