@@ -208,7 +208,8 @@ inline std::string memory_line(const MemoryPlan& p) {
 // GPU memory: 24.0 GiB; dense weights 1.3 GiB, 11,000 of 25,088 experts 20.7 GiB
 inline std::string card_line(const MemoryPlan& p) {
   return "GPU memory: " + bytes_text(p.card_budget) + "; dense weights " + bytes_text(p.card_dense) + ", " +
-         count_text(p.card_experts_held) + " of " + count_text(p.experts) + " experts " + bytes_text(p.card_experts);
+         count_text(p.card_experts_held) + " of " + count_text(p.experts) + " experts " + bytes_text(p.card_experts) +
+         "; the others " + (p.host_experts > 0 ? bytes_text(p.host_experts) + " in memory" : "where they are");
 }
 
 // The backend by its name; refuses options that would do nothing with it, rather than ignoring them.

@@ -37,7 +37,7 @@ struct CardPlan {
   std::uint64_t experts = 0;   // in slots
   std::uint64_t all_experts = 0;
   std::vector<int> slots;  // of each class
-  int transit_slots = 0;   // of each half
+  int transit_slots = 0;
   bool complete() const noexcept { return transit == 0; }
   std::uint64_t least() const noexcept { return dense + sessions + transit; }
   std::string text(const SlotClasses& classes) const {
@@ -75,7 +75,7 @@ inline CardPlan plan_card(std::uint64_t budget, std::uint64_t dense, std::uint64
     for (int cls = 0; cls < classes.count(); ++cls) plan.slots.push_back(classes.all_of(cls));
     return plan;
   }
-  plan.transit_slots = std::clamp((picks_of_few_rows + 1) / 2, 1, classes.experts);
+  plan.transit_slots = std::min(picks_of_few_rows, classes.experts);
   plan.transit = cuda::Transit::bytes(plan.transit_slots, std::ranges::max(classes.slot_bytes), classes.experts);
   if (budget < plan.least()) {
     throw_error("--gpu-memory: ", CardPlan::mebibytes(budget), " is too small: dense weights take ",
@@ -226,49 +226,41 @@ class PlacedExperts final : public cuda::CardExperts {
   void processor_took(double seconds, double bytes, double products) override {
     const std::lock_guard lock(mutex_);
     rates_.processor_took(seconds, bytes, products);
+    statistics_.read_seconds += seconds;
   }
   void link_took(double seconds, double bytes) override {
     const std::lock_guard lock(mutex_);
     rates_.link_took(seconds, bytes);
+    statistics_.read_seconds += seconds;
   }
 
   void between_passes() override {
     const std::unique_lock transit(transit_.mutex, std::try_to_lock);
     const std::lock_guard lock(mutex_);
     take_counts();
-    if (holds_ > 0) return;
-    std::erase_if(moving_, [&](const Moving& m) {
-      if (!m.arrived.passed()) return false;
-      slots_.set(m.in.layer, m.in.expert, slots_.slot(m.slot));
-      placement_.arrived(m.slot);
-      leave_home(m);
-      return true;
-    });
     settle();
-    if (!transit || !moving_.empty()) return;
+    if (!transit || holds_ > 0) return;
     const std::optional<ExpertPlacement::Exchange> exchange = placement_.exchange();
     if (!exchange) return;
-    if (exchange->out.layer != ExpertPlacement::none) slots_.set(exchange->out.layer, exchange->out.expert, nullptr);
-    Moving& moving = moving_.emplace_back(Moving{exchange->in, exchange->out, exchange->slot, {}});
-    const ExpertView& view = view_of(exchange->in);
-    transit_.bring(slots_.slot(exchange->slot), layers_[static_cast<std::size_t>(exchange->in.layer)].matrices,
-                   {exchange->in.expert, view, shared(view)}, moving.arrived);
-    statistics_.bytes_read += bytes_of(view);
+    // All in the order of the stream: passes before it find the one, passes after it the other.
+    const ExpertPlacement::Key in = exchange->in, out = exchange->out;
+    std::byte* const slot = slots_.slot(exchange->slot);
+    if (out.layer != ExpertPlacement::none) slots_.set(out.layer, out.expert, nullptr);
+    transit_.bring(slot, layer(in.layer, false).matrices, {in.expert, view_of(in), shared(view_of(in))});
+    slots_.set(in.layer, in.expert, slot);
+    placement_.arrived(exchange->slot);
+    statistics_.bytes_read += bytes_of(view_of(in));
+    leave_home(in, out);
   }
 
   ExpertStatistics statistics() const {
     const std::lock_guard lock(mutex_);
     ExpertStatistics s = statistics_;
-    s.slots_filled = s.slots - moving_.size();
+    s.slots_filled = s.slots;
     return s;
   }
 
  private:
-  struct Moving {
-    ExpertPlacement::Key in, out;
-    int slot;
-    cuda::StreamEvent arrived;
-  };
   // A place in this machine's memory whose expert has gone to the card; free when what was launched before has passed.
   struct Home {
     ExpertView place;
@@ -276,11 +268,10 @@ class PlacedExperts final : public cuda::CardExperts {
     cuda::StreamEvent free;
   };
 
-  void leave_home(const Moving& m) {
-    ExpertView& view = view_of(m.in);
-    const ExpertView place = std::exchange(view, view_in_file(m.in));
-    if (m.out.layer == ExpertPlacement::none || !host_.replaceable(place, view_in_file(m.out))) return;
-    homes_.push_back({place, m.out, {}});
+  void leave_home(ExpertPlacement::Key in, ExpertPlacement::Key out) {
+    const ExpertView place = std::exchange(view_of(in), view_in_file(in));
+    if (out.layer == ExpertPlacement::none || !host_.replaceable(place, view_in_file(out))) return;
+    homes_.push_back({place, out, {}});
     homes_.back().free.record(*device_);
   }
   void settle() {
@@ -319,21 +310,21 @@ class PlacedExperts final : public cuda::CardExperts {
     layer.matrices.scales = layer.tables->data<float>();
   }
 
-  // A half of the transit memory, twice: the first time a file may have to be read.
+  // The transit memory, twice: the first time a file may have to be read.
   void measure_link() {
     std::vector<cuda::Transit::Expert> some;
     const ExpertViews& views = views_.front();
     double bytes = 0;
     // From the end: of what is not on the card, if there is something.
-    for (std::size_t e = views.size() - std::min(views.size(), static_cast<std::size_t>(transit_.slots_of_half()));
+    for (std::size_t e = views.size() - std::min(views.size(), static_cast<std::size_t>(transit_.slots()));
          e < views.size(); ++e) {
       some.push_back({static_cast<std::int32_t>(e), views[e], shared(views[e])});
       bytes += static_cast<double>(bytes_of(views[e]));
     }
-    transit_.bring(0, nullptr, layers_.front().matrices, some);
+    transit_.bring(nullptr, layers_.front().matrices, some);
     device_->wait();
     const auto start = std::chrono::steady_clock::now();
-    transit_.bring(0, nullptr, layers_.front().matrices, some);
+    transit_.bring(nullptr, layers_.front().matrices, some);
     device_->wait();
     rates_ =
         cuda::OffloadRates(bytes / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
@@ -344,8 +335,7 @@ class PlacedExperts final : public cuda::CardExperts {
     const std::lock_guard lock(mutex_);
     if (holds_ > 0) return false;
     const cuda::ExpertSlots::Chunk chunk = slots_.last_chunk();
-    const auto in_it = [&](const Moving& m) { return m.slot >= chunk.first && m.slot < chunk.first + chunk.count; };
-    if (chunk.count == 0 || std::ranges::any_of(moving_, in_it)) return false;
+    if (chunk.count == 0) return false;
     for (int slot = chunk.first; slot < chunk.first + chunk.count; ++slot) {
       const ExpertPlacement::Key key = placement_.retire(slot);
       if (key.layer != ExpertPlacement::none) slots_.set(key.layer, key.expert, nullptr);
@@ -406,7 +396,6 @@ class PlacedExperts final : public cuda::CardExperts {
   ExpertPlacement placement_;
   int trunk_;
   int holds_ = 0;
-  std::vector<Moving> moving_;
   cuda::OffloadRates rates_{20e9};
   double missed_share_ = 0;  // of picks
   ExpertStatistics statistics_;
@@ -466,6 +455,7 @@ class CudaOffload {
     plan.card_dense = plan_.dense;
     plan.card_experts = plan_.experts;
     for (const int n : plan_.slots) plan.card_experts_held += n;
+    if (options_.copy_to_host) plan.host_experts = plan_.all_experts - plan_.experts;
     plan.experts = static_cast<std::int64_t>(classes_.of_layer.size()) * classes_.experts;
   }
 

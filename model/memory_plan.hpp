@@ -40,6 +40,7 @@ struct MemoryPlan {
   std::uint64_t card_dense = 0;        // weights but the routed experts
   std::uint64_t card_experts = 0;      // the slots of experts
   std::int64_t card_experts_held = 0;  // in them; of `experts`
+  std::uint64_t host_experts = 0;      // the others in this machine's memory; 0: mapped or streamed as everything
 
   // What decoding can reach at most, if experts are read at this rate.  Bytes per second -> tokens per second.
   double tokens_per_second(double read_bandwidth) const noexcept {

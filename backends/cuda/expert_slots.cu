@@ -20,9 +20,6 @@ StreamEvent::~StreamEvent() {
 void StreamEvent::record(const Device& device) {
   check(cudaEventRecord(event_, device.stream()), "recording an event");
 }
-void StreamEvent::hold(const Device& device) const {
-  check(cudaStreamWaitEvent(device.stream(), event_, 0), "waiting for an event");
-}
 bool StreamEvent::passed() const {
   const cudaError_t state = cudaEventQuery(event_);
   if (state == cudaErrorNotReady) return false;
@@ -40,7 +37,11 @@ void download(const Device& device, void* to, const void* from, std::size_t byte
 }
 
 bool share_with_card(std::byte* data, std::size_t size) noexcept {
-  if (cudaHostRegister(data, size, cudaHostRegisterPortable) == cudaSuccess) return true;
+  void* same = nullptr;  // where kernels find it
+  if (cudaHostRegister(data, size, cudaHostRegisterPortable) == cudaSuccess) {
+    if (cudaHostGetDevicePointer(&same, data, 0) == cudaSuccess && same == data) return true;
+    cudaHostUnregister(data);
+  }
   cudaGetLastError();
   return false;
 }
@@ -75,8 +76,7 @@ __global__ void count_picks_kernel(const std::int32_t* ids, int picks, std::int3
   if (i < picks) atomicAdd(counts + ids[i], 1);
 }
 
-// --- rows to the processor and back
-// -----------------------------------------------------------------------------------
+// --- rows to the processor and back ----------------------------------------------------------------------------------
 
 enum Answer : std::uint32_t { none_yet, nothing_to_add, sums_to_add };
 
@@ -209,55 +209,43 @@ void ExpertSlots::give_back(const Chunk& chunk) {
   std::erase_if(parts_, [&](const Part& part) { return part.chunk.first == chunk.first; });
 }
 
-// --- transit
-// ----------------------------------------------------------------------------------------------------------
+// --- transit ---------------------------------------------------------------------------------------------------------
 
-Transit::Transit(std::shared_ptr<Device> device, int slots_of_half, std::size_t slot_bytes, int experts)
+Transit::Transit(std::shared_ptr<Device> device, int slots, std::size_t slot_bytes, int experts)
     : device_(std::move(device)),
-      link_(Device::open()),
-      slots_(slots_of_half),
+      slots_(slots),
       slot_bytes_(aligned(slot_bytes)),
       experts_(experts),
-      memory_(device_, 2 * static_cast<std::size_t>(slots_) * slot_bytes_, "experts that pass through"),
-      tables_(device_, 2 * static_cast<std::size_t>(experts) * sizeof(std::byte*), "tables of experts"),
-      uploader_(link_) {
-  device_->wait();  // the other stream may use this memory
+      memory_(device_, static_cast<std::size_t>(slots_) * slot_bytes_, "experts that pass through"),
+      table_(device_, static_cast<std::size_t>(experts) * sizeof(std::byte*), "tables of experts"),
+      uploader_(device_, Device::open()) {}
+
+std::size_t Transit::bytes(int slots, std::size_t slot_bytes, int experts) {
+  return static_cast<std::size_t>(slots) * aligned(slot_bytes) + static_cast<std::size_t>(experts) * sizeof(std::byte*);
 }
 
-std::size_t Transit::bytes(int slots_of_half, std::size_t slot_bytes, int experts) {
-  return 2 * (static_cast<std::size_t>(slots_of_half) * aligned(slot_bytes) +
-              static_cast<std::size_t>(experts) * sizeof(std::byte*));
-}
-
-const std::byte* const* Transit::bring(int half, const std::byte* const* base, const ExpertMatrices& layer,
-                                       std::span<const Expert> experts) {
-  assert(static_cast<int>(experts.size()) <= slots_);
-  used_[half].hold(*link_);
+const std::byte* const* Transit::bring(const std::byte* const* base, const ExpertMatrices& layer,
+                                       std::span<const Expert> experts, int first) {
+  assert(first + static_cast<int>(experts.size()) <= slots_);
   std::vector<SlotEntry> entries;
-  std::byte* slot = memory_.data() + static_cast<std::size_t>(half * slots_) * slot_bytes_;
+  std::byte* slot = memory_.data() + static_cast<std::size_t>(first) * slot_bytes_;
   for (const Expert& e : experts) {
     uploader_.expert(e.view, layer, slot, e.shared);
     entries.push_back({e.id, slot});
     slot += slot_bytes_;
   }
   uploader_.finish();
-  arrived_[half].record(*link_);
-  arrived_[half].hold(*device_);
-  const std::byte** table = tables_.data<const std::byte*>() + static_cast<std::ptrdiff_t>(half) * experts_;
+  auto* const table = table_.data<const std::byte*>();
   write_slots(*device_, table, base, experts_, entries);
   return table;
 }
 
-void Transit::bring(std::byte* slot, const ExpertMatrices& layer, const Expert& expert, StreamEvent& arrived) {
-  now_.record(*device_);
-  now_.hold(*link_);
+void Transit::bring(std::byte* slot, const ExpertMatrices& layer, const Expert& expert) {
   uploader_.expert(expert.view, layer, slot, expert.shared);
   uploader_.finish();
-  arrived.record(*link_);
 }
 
-// --- rows
-// -------------------------------------------------------------------------------------------------------------
+// --- rows ------------------------------------------------------------------------------------------------------------
 
 void RowExchange::reserve(int rows, int k, int width) {
   rows_ = std::max(rows, rows_), k_ = std::max(k, k_), width_ = std::max(width, width_);

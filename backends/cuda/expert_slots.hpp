@@ -26,9 +26,8 @@ class StreamEvent {
   StreamEvent(StreamEvent&& other) noexcept : event_(std::exchange(other.event_, nullptr)) {}
   StreamEvent& operator=(StreamEvent&& other) noexcept { return std::swap(event_, other.event_), *this; }
 
-  void record(const Device& device);      // after all that was launched there
-  void hold(const Device& device) const;  // what is launched there from now on waits for it
-  bool passed() const;                    // true, too, if it was never recorded
+  void record(const Device& device);  // after all that was launched there
+  bool passed() const;                // true, too, if it was never recorded
 
  private:
   CUevent_st* event_ = nullptr;
@@ -106,8 +105,8 @@ class ExpertSlots {
   std::vector<Part> parts_;
 };
 
-// Experts on their way through the card: two halves, one filled over the link by a stream of its own while products
-// read the other.
+// Experts on their way through the card.  They cross the link in a stream of its own, while products run; slots change
+// in the order of the device's stream.
 class Transit {
  public:
   struct Expert {
@@ -116,31 +115,27 @@ class Transit {
     bool shared;  // the card may read it itself (host_experts.hpp)
   };
 
-  Transit(std::shared_ptr<Device> device, int slots_of_half, std::size_t slot_bytes, int experts);
-  static std::size_t bytes(int slots_of_half, std::size_t slot_bytes, int experts);
+  Transit(std::shared_ptr<Device> device, int slots, std::size_t slot_bytes, int experts);
+  static std::size_t bytes(int slots, std::size_t slot_bytes, int experts);
 
-  int slots_of_half() const noexcept { return slots_; }
+  int slots() const noexcept { return slots_; }
 
-  // Products launched on the device's stream after this find these experts, at most slots_of_half(), in the table that
-  // it returns, beside those of `base` (null: none).  Views that are not shared are not needed any more then.
-  const std::byte* const* bring(int half, const std::byte* const* base, const ExpertMatrices& layer,
-                                std::span<const Expert> experts);
-  // All products that read this half have been launched.
-  void used(int half) { used_[half].record(*device_); }
+  // What is launched after this finds these experts in the table that it returns, beside those of `base` (null: none);
+  // they take the slots from `first` on, of slots().  Views that are not shared are not needed any more then.
+  const std::byte* const* bring(const std::byte* const* base, const ExpertMatrices& layer,
+                                std::span<const Expert> experts, int first = 0);
+  // The same, to a slot of its own.
+  void bring(std::byte* slot, const ExpertMatrices& layer, const Expert& expert);
 
-  // To a slot of its own, after all that was launched until now; when `arrived` has passed, it is there.
-  void bring(std::byte* slot, const ExpertMatrices& layer, const Expert& expert, StreamEvent& arrived);
-
-  std::mutex mutex;  // whoever brings experts holds it
+  std::mutex mutex;  // whoever brings experts holds it until he has launched what needs them
 
  private:
-  std::shared_ptr<Device> device_, link_;  // the same card: two streams
+  std::shared_ptr<Device> device_;
   int slots_;
   std::size_t slot_bytes_;
   int experts_;
-  DeviceBytes memory_, tables_;
+  DeviceBytes memory_, table_;
   Uploader uploader_;
-  StreamEvent used_[2], arrived_[2], now_;
 };
 
 // Rows that miss experts go to the processor, and what these make of them comes back, through pinned memory that the

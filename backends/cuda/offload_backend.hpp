@@ -25,7 +25,7 @@ namespace qwen3next {
 namespace cuda {
 
 // The experts of a layer as products of many rows take them: first those on the card, then those that a supply has,
-// in as many waves as half of the transit memory needs.
+// in as many waves as the transit memory needs.
 class SuppliedWaves final : public ExpertWaves {
  public:
   // `picks`: those to be supplied.  They are brought anew each time that the waves begin.
@@ -45,21 +45,19 @@ class SuppliedWaves final : public ExpertWaves {
       arrived_ = {};
       return layer_.matrices.slots;
     }
-    if (std::exchange(in_use_, false)) transit_.used(half_);
     gather();
     if (batch_.empty()) {
       begun_ = false;
       return nullptr;
     }
-    half_ ^= 1, in_use_ = true;
-    return transit_.bring(half_, nullptr, layer_.matrices, batch_);
+    return transit_.bring(nullptr, layer_.matrices, batch_);
   }
 
  private:
   // As many as come before the supply wants some back, and fit.
   void gather() {
     batch_.clear();
-    while (batch_.size() < static_cast<std::size_t>(transit_.slots_of_half())) {
+    while (batch_.size() < static_cast<std::size_t>(transit_.slots())) {
       if (arrived_.empty()) arrived_ = supply_.arrived();
       if (arrived_.empty()) {
         if (!batch_.empty()) return;
@@ -82,8 +80,7 @@ class SuppliedWaves final : public ExpertWaves {
   int tokens_;
   std::span<const std::int32_t> arrived_;
   std::vector<Transit::Expert> batch_;
-  bool begun_ = false, in_use_ = false;
-  int half_ = 1;
+  bool begun_ = false;
 };
 
 }  // namespace cuda
@@ -217,35 +214,28 @@ class OffloadCudaBackend : public CudaBackend {
 
     const std::lock_guard lock(card_->transit().mutex);
     Supply supply(*this, layer);
-    cuda::Transit& transit = card_->transit();
-    cuda::SuppliedWaves waves(*card_, layer, *supply, counter_.missed(), h.n_rows);
-    if (h.n_rows > cuda::max_few_rows ||
-        counter_.missed().size() > 2 * static_cast<std::size_t>(transit.slots_of_half()))
-      return add_many(x, h, routing, experts, shared, waves);
+    if (!few(h) || counter_.missed().size() > static_cast<std::size_t>(card_->transit().slots())) {
+      cuda::SuppliedWaves waves(*card_, layer, *supply, counter_.missed(), h.n_rows);
+      return add_many(x, h, routing, card_->layer(layer, false), shared, waves);
+    }
     add_on_card(x, h, logits, routing, all_at_once(layer, *supply), shared, k, normalise);
-    transit.used(0), transit.used(1);
   }
 
   // The experts on the card and those that are missed, in one table.
   cuda::CudaExperts all_at_once(int layer, ExpertSupply& supply) {
     cuda::CudaExperts all = card_->layer(layer, true);
-    cuda::Transit& transit = card_->transit();
-    const auto most = static_cast<std::size_t>(transit.slots_of_half());
-    int half = 0;
-    const auto bring = [&] {
-      if (!copies_.empty()) all.matrices.slots = transit.bring(half++, all.matrices.slots, all.matrices, copies_);
-      copies_.clear();
-    };
+    int brought = 0;
     supply.begin(counter_.missed(), 1);
     for (auto wave = supply.next_wave(); wave.begin < wave.end; wave = supply.next_wave()) {
+      copies_.clear();
       for (auto arrived = supply.arrived(); !arrived.empty(); arrived = supply.arrived()) {
         for (const std::int32_t i : arrived) {
           const ExpertView& view = supply.view(i);
           copies_.push_back({counter_.missed()[static_cast<std::size_t>(i)].expert, view, card_->shared(view)});
-          if (copies_.size() == most) bring();
         }
       }
-      bring();
+      all.matrices.slots = card_->transit().bring(all.matrices.slots, all.matrices, copies_, brought);
+      brought += static_cast<int>(copies_.size());
     }
     return all;
   }

@@ -20,7 +20,8 @@ struct Uploader::Staging {
   struct Buffer {
     std::byte* host = nullptr;
     DeviceBytes card;
-    cudaEvent_t free = nullptr;  // when what was sent from here has been repacked
+    cudaEvent_t free = nullptr;     // when what was sent from here has been repacked
+    cudaEvent_t arrived = nullptr;  // when it is on the card
   };
   struct Piece {
     const std::byte* from;
@@ -34,20 +35,22 @@ struct Uploader::Staging {
     std::byte* to;
   };
 
-  std::shared_ptr<Device> device;
-  std::size_t size = 0;  // of each buffer
+  std::shared_ptr<Device> device, link;  // link: of the copies
+  std::size_t size = 0;                  // of each buffer
   std::array<Buffer, buffers> ring;
   std::size_t current = 0, used = 0;
   std::vector<Piece> pieces;
   std::vector<Job> jobs;
   std::vector<std::vector<float>> factors;  // that pieces point to
 
-  explicit Staging(std::shared_ptr<Device> d) : device(std::move(d)) {}
+  Staging(std::shared_ptr<Device> d, std::shared_ptr<Device> l) : device(std::move(d)), link(std::move(l)) {
+    if (!link) link = device;
+  }
   ~Staging() { release(); }
 
   void release() noexcept {
     for (Buffer& b : ring) {
-      if (b.free) cudaEventSynchronize(b.free), cudaEventDestroy(b.free);
+      if (b.free) cudaEventSynchronize(b.free), cudaEventDestroy(b.free), cudaEventDestroy(b.arrived);
       if (b.host) cudaFreeHost(b.host);
       b = Buffer();
     }
@@ -61,7 +64,9 @@ struct Uploader::Staging {
       b.host = static_cast<std::byte*>(host);
       b.card = DeviceBytes(device, bytes, "buffers for loading weights");
       check(cudaEventCreateWithFlags(&b.free, cudaEventDisableTiming), "making an event");
+      check(cudaEventCreateWithFlags(&b.arrived, cudaEventDisableTiming), "making an event");
     }
+    if (link != device) device->wait();  // until then the memory is the device's stream's alone
     size = bytes;
   }
   // Room for `bytes` in the current buffer, which is sent off if they do not fit.
@@ -111,8 +116,12 @@ struct Uploader::Staging {
         bytes = p.at + p.bytes - first.at;
       }
       check(cudaMemcpyAsync(b.card.data() + first.at, first.shared ? first.from : b.host + first.at, bytes,
-                            cudaMemcpyHostToDevice, device->stream()),
+                            cudaMemcpyHostToDevice, link->stream()),
             "copying weights to the GPU");
+    }
+    if (link != device) {
+      check(cudaEventRecord(b.arrived, link->stream()), "recording an event");
+      check(cudaStreamWaitEvent(device->stream(), b.arrived, 0), "waiting for an event");
     }
     for (Job& job : jobs) {
       job.raw.data = b.card.data() + job.at;
@@ -156,8 +165,8 @@ Matrix shape_of(const WeightView& v) {
 
 }  // namespace
 
-Uploader::Uploader(std::shared_ptr<Device> device)
-    : device_(std::move(device)), staging_(std::make_unique<Staging>(device_)) {}
+Uploader::Uploader(std::shared_ptr<Device> device, std::shared_ptr<Device> link)
+    : device_(std::move(device)), staging_(std::make_unique<Staging>(device_, std::move(link))) {}
 Uploader::~Uploader() = default;
 
 void Uploader::finish() { staging_->send(); }

@@ -95,7 +95,8 @@ struct CudaExperts {
 // Takes weights to the card.  Views must stay readable until finish().
 class Uploader {
  public:
-  explicit Uploader(std::shared_ptr<Device> device);
+  // With a `link`, the same card by another stream, bytes cross the link there, while the device's stream goes on.
+  explicit Uploader(std::shared_ptr<Device> device, std::shared_ptr<Device> link = nullptr);
   ~Uploader();
   Uploader(const Uploader&) = delete;
 
