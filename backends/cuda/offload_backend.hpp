@@ -267,11 +267,10 @@ class OffloadCudaBackend : public CudaBackend {
 
   void add_many(Tensor x, Tensor h, const Routing& routing, const cuda::CudaExperts& experts,
                 const SharedExpert<Weight, Tensor>& shared, cuda::ExpertWaves& waves) {
-    constexpr float half_scale = 1.0f / 16;
     linear(h, {{shared.gate_proj, shared.hidden}, {shared.up_proj, shared.up}});
-    cuda::swiglu(device(), shared.hidden, shared.hidden, shared.up, half_scale);
+    cuda::swiglu(device(), shared.hidden, shared.hidden, shared.up, cuda::hidden_scale);
     const cuda::ManyOutput down{shared.down_proj.matrix(), shared.y};
-    cuda::linear_many(device(), shared.hidden, {&down, 1}, 1 / half_scale);
+    cuda::linear_many(device(), shared.hidden, {&down, 1}, 1 / cuda::hidden_scale);
     cuda::experts_many(device(), scratch_,
                        {.out = x,
                         .x = h,
