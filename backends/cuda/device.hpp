@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -32,6 +33,13 @@ struct DeviceProperties {
 
 class LaunchRecord;
 
+// What was started last on a stream.  A kernel that was allowed to start before the one before it ends (launch.cuh)
+// does not wait for all of a graph: it must not be allowed that behind one.
+struct StreamOrder {
+  std::mutex mutex;
+  bool behind_graph = false;
+};
+
 class Device {
  public:
   // The first card.  Throws Error, saying what is missing, if there is no driver, no card or none that these kernels
@@ -53,6 +61,7 @@ class Device {
   // The same card and stream for one session, which gathers its launches; `record` outlives what is started here.
   std::shared_ptr<Device> with_record(LaunchRecord* record) const;
   LaunchRecord* record() const noexcept { return record_; }
+  StreamOrder& order() const noexcept { return *order_; }
 
   // Called when memory that is asked for does not fit, again and again: gives some back, or returns false.  Null: none.
   void on_full(std::function<bool()> give_back) { give_back_ = std::move(give_back); }
@@ -66,6 +75,7 @@ class Device {
   DeviceProperties properties_;
   std::shared_ptr<CUstream_st> owned_stream_;
   Stream stream_ = nullptr;
+  std::shared_ptr<StreamOrder> order_ = std::make_shared<StreamOrder>();
   LaunchRecord* record_ = nullptr;
   std::function<bool()> give_back_;
 };

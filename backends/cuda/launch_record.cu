@@ -39,7 +39,9 @@ void start(const Device& device, const void* kernel, const LaunchShape& shape, v
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute, config.numAttrs = device.dependent_launch() ? 1 : 0;
+  const std::lock_guard lock(device.order().mutex);
+  const bool behind_graph = std::exchange(device.order().behind_graph, false);
+  config.attrs = &attribute, config.numAttrs = device.dependent_launch() && !behind_graph ? 1 : 0;
   check(cudaLaunchKernelExC(&config, kernel, parameters), "starting a kernel");
 }
 
@@ -68,7 +70,10 @@ void LaunchRecord::add_parameter(const void* value, std::size_t size, std::size_
 void LaunchRecord::end() {
   gathering_ = false;
   if (launches_.launches.empty()) return;
-  check(cudaGraphLaunch(graph().exec, device_->stream()), "starting a pass");
+  CUgraphExec_st* const exec = graph().exec;
+  const std::lock_guard lock(device_->order().mutex);
+  check(cudaGraphLaunch(exec, device_->stream()), "starting a pass");
+  device_->order().behind_graph = true;
 }
 
 void LaunchRecord::give_up() noexcept {
