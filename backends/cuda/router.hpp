@@ -27,11 +27,12 @@ struct Routing {
 // One that owns its memory, of up to `rows` x `k`.
 class CudaRouting : public Routing {
  public:
-  CudaRouting(std::shared_ptr<Device> device, int rows, int k)
-      : memory_(std::move(device), static_cast<std::size_t>(rows) * static_cast<std::size_t>(k) * 8, "a routing") {
+  CudaRouting(std::shared_ptr<Device> device, int most_rows, int per_row)
+      : memory_(std::move(device), static_cast<std::size_t>(most_rows) * static_cast<std::size_t>(per_row) * 8,
+                "a routing") {
+    rows = most_rows, k = per_row;
     ids = memory_.data<std::int32_t>();
-    weights = reinterpret_cast<float*>(ids + static_cast<std::ptrdiff_t>(rows) * k);
-    this->rows = rows, this->k = k;
+    weights = reinterpret_cast<float*>(ids + picks());
   }
 
  private:
