@@ -1,7 +1,6 @@
 // DeltaNet for few rows, and for shapes that nothing here is made for.  Many rows: delta_chunks.cu.
 
 #include <algorithm>
-#include <vector>
 
 #include "backends/cuda/delta.cuh"
 
@@ -532,16 +531,21 @@ void delta_net(const Device& device, DeviceScratch& scratch, CudaTensor o, const
                Deltas segments) {
   const bool fit = few_fit(shape) && aligned_to_16(in.taps);
   const auto is_few = [&](const Segment<CudaDeltaState>& s) { return fit && s.count <= most_few_rows; };
-  std::vector<DeltaRows> few;
+  FewRows p = few_parameters(o, in.qkv, in.b, in.a, shape);
+  p.taps = in.taps, p.A = in.A, p.dt_bias = in.dt_bias;
+  DeltaRows few[batch_segments];
+  std::size_t waiting = 0, all_few = 0;
+  const auto start = [&] {
+    if (waiting > 0) few_segments(device, p, shape, std::span(few).first(waiting));
+    waiting = 0;
+  };
   for (const Segment<CudaDeltaState>& s : segments) {
-    if (is_few(s)) few.push_back(describe(s));
+    if (!is_few(s)) continue;
+    if (waiting == batch_segments) start();
+    few[waiting++] = describe(s), ++all_few;
   }
-  if (!few.empty()) {
-    FewRows p = few_parameters(o, in.qkv, in.b, in.a, shape);
-    p.taps = in.taps, p.A = in.A, p.dt_bias = in.dt_bias;
-    few_segments(device, p, shape, few);
-  }
-  if (few.size() < segments.size()) delta_gates(device, in.beta, in.g, in.b, in.a, in.A, in.dt_bias);
+  start();
+  if (all_few < segments.size()) delta_gates(device, in.beta, in.g, in.b, in.a, in.A, in.dt_bias);
   for (const Segment<CudaDeltaState>& s : segments) {
     if (!is_few(s)) {
       if (s.count > most_few_rows) fold(device, *s.state, shape);

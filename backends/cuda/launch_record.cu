@@ -99,22 +99,23 @@ bool LaunchRecord::Launches::same(std::size_t i, const Launches& other) const no
   return std::memcmp(bytes.data() + begin, other.bytes.data() + begin, end - begin) == 0;
 }
 
-std::vector<void*> LaunchRecord::Launches::parameters_of(std::size_t i) {
-  std::vector<void*> pointers;
-  for (std::size_t p = 0; p < launches[i].parameters; ++p)
-    pointers.push_back(bytes.data() + parameters[launches[i].first_parameter + p]);
-  return pointers;
+void** LaunchRecord::parameters_of(std::size_t i) {
+  const Launch& l = launches_.launches[i];
+  pointers_.clear();
+  for (std::size_t p = 0; p < l.parameters; ++p)
+    pointers_.push_back(launches_.bytes.data() + launches_.parameters[l.first_parameter + p]);
+  return pointers_.data();
 }
 
 namespace {
 
-cudaKernelNodeParams node_parameters(const void* kernel, const LaunchShape& shape, std::vector<void*>& pointers) {
+cudaKernelNodeParams node_parameters(const void* kernel, const LaunchShape& shape, void** parameters) {
   cudaKernelNodeParams node{};
   node.func = const_cast<void*>(kernel);
   node.gridDim = {shape.grid[0], shape.grid[1], shape.grid[2]};
   node.blockDim = {shape.block[0], shape.block[1], shape.block[2]};
   node.sharedMemBytes = static_cast<unsigned>(shape.shared_bytes);
-  node.kernelParams = pointers.data();
+  node.kernelParams = parameters;
   return node;
 }
 
@@ -122,17 +123,17 @@ cudaKernelNodeParams node_parameters(const void* kernel, const LaunchShape& shap
 
 LaunchRecord::Graph& LaunchRecord::graph() {
   auto best = graphs_.end();
-  std::vector<std::size_t> fewest;
+  fewest_.clear();
   for (auto g = graphs_.begin(); g != graphs_.end(); ++g) {
     if (!g->launches.same_kernels(launches_)) continue;
     changes_.clear();
     for (std::size_t i = 0; i < launches_.launches.size(); ++i) {
       if (!launches_.same(i, g->launches)) changes_.push_back(i);
     }
-    if (best == graphs_.end() || changes_.size() < fewest.size()) best = g, fewest.swap(changes_);
-    if (fewest.size() <= few_changes) break;
+    if (best == graphs_.end() || changes_.size() < fewest_.size()) best = g, fewest_.swap(changes_);
+    if (fewest_.size() <= few_changes) break;
   }
-  const bool another = best == graphs_.end() || fewest.size() > few_changes;
+  const bool another = best == graphs_.end() || fewest_.size() > few_changes;
   if (another && graphs_.size() < most_graphs) {
     make(graphs_.emplace_front());
     return graphs_.front();
@@ -144,11 +145,10 @@ LaunchRecord::Graph& LaunchRecord::graph() {
     make(graphs_.emplace_front());
     return graphs_.front();
   }
-  for (const std::size_t i : fewest) {
-    std::vector<void*> pointers = launches_.parameters_of(i);
+  for (const std::size_t i : fewest_) {
     const Launch& l = launches_.launches[i];
     prepare(l.kernel, l.shape);
-    const cudaKernelNodeParams node = node_parameters(l.kernel, l.shape, pointers);
+    const cudaKernelNodeParams node = node_parameters(l.kernel, l.shape, parameters_of(i));
     check(cudaGraphExecKernelNodeSetParams(best->exec, best->nodes[i], &node), "changing a pass");
   }
   std::swap(best->launches, launches_);
@@ -159,12 +159,11 @@ LaunchRecord::Graph& LaunchRecord::graph() {
 void LaunchRecord::make(Graph& made) {
   check(cudaGraphCreate(&made.graph, 0), "making a graph of a pass");
   for (std::size_t i = 0; i < launches_.launches.size(); ++i) {
-    std::vector<void*> pointers = launches_.parameters_of(i);
     const Launch& l = launches_.launches[i];
     prepare(l.kernel, l.shape);
     cudaGraphNodeParams node{};
     node.type = cudaGraphNodeTypeKernel;
-    const cudaKernelNodeParams kernel = node_parameters(l.kernel, l.shape, pointers);
+    const cudaKernelNodeParams kernel = node_parameters(l.kernel, l.shape, parameters_of(i));
     node.kernel.func = kernel.func, node.kernel.gridDim = kernel.gridDim, node.kernel.blockDim = kernel.blockDim;
     node.kernel.sharedMemBytes = kernel.sharedMemBytes, node.kernel.kernelParams = kernel.kernelParams;
     cudaGraphEdgeData edge{};

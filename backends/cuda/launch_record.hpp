@@ -55,7 +55,6 @@ class LaunchRecord {
     void clear() noexcept { launches.clear(), parameters.clear(), bytes.clear(); }
     bool same_kernels(const Launches& other) const noexcept;
     bool same(std::size_t i, const Launches& other) const noexcept;  // of launch i, given the same kernels
-    std::vector<void*> parameters_of(std::size_t i);
   };
   struct Graph {
     Launches launches;
@@ -68,13 +67,15 @@ class LaunchRecord {
 
   Graph& graph();
   void make(Graph& graph);
+  void** parameters_of(std::size_t i);  // of a launch that was gathered; until the next call
   static void destroy(Graph& graph) noexcept;
 
   std::shared_ptr<Device> device_;
   bool gathering_ = false;
   Launches launches_;
-  std::list<Graph> graphs_;           // the last used first
-  std::vector<std::size_t> changes_;  // launches that differ from a graph's
+  std::list<Graph> graphs_;                    // the last used first
+  std::vector<std::size_t> changes_, fewest_;  // launches that differ from a graph's
+  std::vector<void*> pointers_;
 };
 
 }  // namespace qwen3next::cuda
