@@ -358,14 +358,14 @@ TEST_CASE("experts_many: every type, empty and crowded experts") {
           // With the shared expert, added to what is there; and once more: the same bits.
           const Rows shared_rows = random_rows(random, T, c.hidden), gate_rows = random_rows(random, T, 1);
           const DeviceTensor shared(shared_rows), gate(gate_rows);
-          const cuda::ExpertsMany all{.out = y.t,
-                                      .x = x.t,
-                                      .experts = &experts,
-                                      .routing = &routing,
-                                      .shared = shared.t,
-                                      .shared_gate = gate.t,
-                                      .add = true};
-          cuda::experts_many(*gpu(), scratch, all);
+          const cuda::ExpertsMany with_shared{.out = y.t,
+                                              .x = x.t,
+                                              .experts = &experts,
+                                              .routing = &routing,
+                                              .shared = shared.t,
+                                              .shared_gate = gate.t,
+                                              .add = true};
+          cuda::experts_many(*gpu(), scratch, with_shared);
           Rows sums = expected;
           for (std::size_t t = 0; t < sums.size(); ++t) {
             for (std::size_t i = 0; i < sums[t].size(); ++i)

@@ -409,18 +409,18 @@ TEST_CASE("bench: offload: layers of 80B's shape, 45 % of their experts on the c
   // The processor alone: experts in a mapped file's small pages, then in large ones.
   ExpertViews copies[2] = {views[0], views[1]};
   cuda::HostExperts host;
-  const auto start = std::chrono::steady_clock::now();
+  const auto paged = std::chrono::steady_clock::now();
   for (ExpertViews& v : copies) {
     std::vector<ExpertView*> all;
     for (ExpertView& e : v) all.push_back(&e);
     host.take(all, *cpu.team);
   }
   std::printf("%.2f GB to large pages in %.2f s, the card reads them: %d\n", layer_bytes * 2 / 1e9,
-              std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(),
+              std::chrono::duration<double>(std::chrono::steady_clock::now() - paged).count(),
               host.shares(copies[1].back()));
   CpuBackend alone(cpu);
-  auto x = alone.tensor(1, H), out = alone.tensor(1, H);
-  std::fill_n(x.data, H, 0.5f);
+  auto row = alone.tensor(1, H), out = alone.tensor(1, H);
+  std::fill_n(row.data, H, 0.5f);
   for (const ExpertViews* of : {views, static_cast<const ExpertViews*>(copies)}) {
     for (const int n : {1, 3, 5, 10}) {
       auto routing = alone.routing(1, n);
@@ -430,7 +430,7 @@ TEST_CASE("bench: offload: layers of 80B's shape, 45 % of their experts on the c
       for (int i = 0; i < 2000; ++i) {
         for (int j = 0; j < n; ++j)
           routing.ids[static_cast<std::size_t>(j)] = static_cast<int>((random = random * 1664525 + 1013904223) >> 23);
-        alone.experts(out, x, of[i % 2], routing);
+        alone.experts(out, row, of[i % 2], routing);
       }
       const double each = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / 2000;
       std::printf("processor alone, %2d experts: %.1f us, %.1f GB/s\n", n, each * 1e6,
