@@ -89,7 +89,7 @@ struct Options {
 
   // Most bytes for states of what sessions have read, see Session::sync(), beside what sessions themselves hold; 0:
   // none. Nothing: half of what the machine can spare beside the weights, 8 GiB at most; of `memory` a sixteenth,
-  // within it.
+  // within it; on cuda, where states are the GPU's, 1 GiB.
   std::optional<std::uint64_t> prefix_cache{};
 
   // A folder for states of long prompts, so that later processes go on from them: of system messages and conversations

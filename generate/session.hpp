@@ -27,7 +27,9 @@ inline std::uint64_t streaming_memory(const Checkpoint& checkpoint, const Option
 // Of the states of prefixes, beside what sessions hold.
 inline std::uint64_t prefix_cache_memory(const Checkpoint& checkpoint, const Options& options, std::uint64_t budget) {
   constexpr std::uint64_t most = std::uint64_t{8} << 30, unknown = std::uint64_t{1} << 30;
+  constexpr std::uint64_t of_a_card = std::uint64_t{1} << 30;  // states lie where they are computed
   if (options.prefix_cache) return *options.prefix_cache;
+  if (options.backend == Backend::cuda) return of_a_card;
   if (budget > 0) return budget / 16;
   const std::optional<std::uint64_t> spare = spare_memory();
   if (!spare) return unknown;
