@@ -25,7 +25,7 @@ const std::string tiny = QWEN3NEXT_SOURCE_DIR "/weights/tiny/qwen3next-tiny.gguf
 class Checked : public test::Gpu {
  public:
   using Gpu::Gpu;
-  double bound = 1e-5;
+  double bound = 1e-4;  // of activations as f16: a projection to one or two columns may cancel most of what it adds up
 
   void take(const WeightView& view, cuda::CudaWeight& w) { Gpu::take(view, w), weights_[w.matrix().data] = view; }
   void take(const VectorView& view, cuda::CudaVector& v) { Gpu::take(view, v), vectors_[v.data] = view; }
