@@ -375,30 +375,9 @@ __global__ void __launch_bounds__(32 * most_slots, most_slots <= usual_slots ? 2
   } else if (type == DType::f32) {
     down_tile_f32(from, strips, rows, slot, lane, sums[slot]);
   } else if constexpr (all_types) {
-    switch (type) {
-#define QWEN3NEXT_CASE(name)                                                          \
-  case DType::name:                                                                   \
-    down_tile_apart<DType::name>(ring, cursor, strips, rows, slot, lane, sums[slot]); \
-    break;
-      QWEN3NEXT_CASE(f16)
-      QWEN3NEXT_CASE(bf16)
-      QWEN3NEXT_CASE(f8_e4m3)
-      QWEN3NEXT_CASE(q4_0)
-      QWEN3NEXT_CASE(q4_1)
-      QWEN3NEXT_CASE(q5_0)
-      QWEN3NEXT_CASE(q5_1)
-      QWEN3NEXT_CASE(q8_0)
-      QWEN3NEXT_CASE(q2_k)
-      QWEN3NEXT_CASE(q3_k)
-      QWEN3NEXT_CASE(q5_k)
-      QWEN3NEXT_CASE(iq4_nl)
-      QWEN3NEXT_CASE(iq4_xs)
-      QWEN3NEXT_CASE(mxfp4)
-      QWEN3NEXT_CASE(nvfp4)
-#undef QWEN3NEXT_CASE
-      default:
-        break;  // done above
-    }
+    with_type(type, [&](auto t) {
+      if constexpr (!usual(t.value)) down_tile_apart<t.value>(ring, cursor, strips, rows, slot, lane, sums[slot]);
+    });
   }
   __syncthreads();
   const int row = tile * strip_rows + thread;

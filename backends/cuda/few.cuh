@@ -468,30 +468,9 @@ __device__ __forceinline__ void multiply_sections(const Sections& of, FewBlock& 
         multiply_section<SingleProduct<few_rows>, f32_unit_rows>(of, i, block, ring, cursor);
       }
     } else if constexpr (all_types) {
-      switch (type) {
-#define QWEN3NEXT_CASE(name)                                         \
-  case DType::name:                                                  \
-    multiply_section_apart<DType::name>(of, i, block, ring, cursor); \
-    break;
-        QWEN3NEXT_CASE(f16)
-        QWEN3NEXT_CASE(bf16)
-        QWEN3NEXT_CASE(f8_e4m3)
-        QWEN3NEXT_CASE(q4_0)
-        QWEN3NEXT_CASE(q4_1)
-        QWEN3NEXT_CASE(q5_0)
-        QWEN3NEXT_CASE(q5_1)
-        QWEN3NEXT_CASE(q8_0)
-        QWEN3NEXT_CASE(q2_k)
-        QWEN3NEXT_CASE(q3_k)
-        QWEN3NEXT_CASE(q5_k)
-        QWEN3NEXT_CASE(iq4_nl)
-        QWEN3NEXT_CASE(iq4_xs)
-        QWEN3NEXT_CASE(mxfp4)
-        QWEN3NEXT_CASE(nvfp4)
-#undef QWEN3NEXT_CASE
-        default:
-          break;  // done above
-      }
+      with_type(type, [&](auto t) {
+        if constexpr (!usual(t.value)) multiply_section_apart<t.value>(of, i, block, ring, cursor);
+      });
     }
   }
 }

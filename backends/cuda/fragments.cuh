@@ -1,11 +1,11 @@
 #pragma once
 // From strips (strip.hpp) to A fragments of mma.m16n8k16: for one warp, first loads into registers, then arithmetic.
 //
-// Two ways.  dequantize() gives a tile of 16 x 64 weights as f16, to be used against many rows.  strip_product()
-// multiplies a strip of 16 x 256 with at most eight rows in fewer instructions and without rounding: the fragments of
-// K types are products of a code and its sub-scale, whole numbers of at most 12 bits, and what a row of 256 shares is
-// applied to the sums.  Codes are cut out of their words as they are: as bits of an f16, q is the subnormal q 2^-24,
-// or, four bits further up, q 2^-20.  Multiplications and tensor cores take subnormals at full speed.
+// Two ways.  levels() and apply_scale() give a tile of 16 x 64 weights as f16, to be used against many rows.
+// strip_product() multiplies a strip of 16 x 256 with at most eight rows in fewer instructions and without rounding: the
+// fragments of K types are products of a code and its sub-scale, whole numbers of at most 12 bits, and what a row of 256
+// shares is applied to the sums.  Codes are cut out of their words as they are: as bits of an f16, q is the subnormal
+// q 2^-24, or, four bits further up, q 2^-20.  Multiplications and tensor cores take subnormals at full speed.
 //
 // Fragments of a lane = 4 g + t:  MMA m = 2 u + j of a tile has columns 32 u + 8 t + 4 j + {0, 1} in a0 (row g), a1
 // (row g + 8) and b0, and + {2, 3} in a2, a3 and b1;  b is of activation row g;  c0, c1 are of row g and activation
@@ -238,6 +238,18 @@ __device__ __forceinline__ void scale_of(const Tile<type>& x, int r, int u, __ha
   }
 }
 
+// Levels to weights.
+template <DType type>
+__device__ __forceinline__ void apply_scale(const Tile<type>& x, int r, int u, __half2 (&pair)[4]) {
+  constexpr StripFormat f = Tile<type>::format;
+  if constexpr (f.kind != ScaleKind::none) {
+    __half2 scale, minimum;
+    scale_of(x, r, u, scale, minimum);
+#pragma unroll
+    for (__half2& p : pair) p = f.minimum ? __hfma2(p, scale, minimum) : __hmul2(p, scale);
+  }
+}
+
 }  // namespace detail
 
 // The tile's fragments a[m] of MMAs m = 2 u + j: f16 of weight / tile_unit(type).
@@ -250,12 +262,7 @@ __device__ __forceinline__ void dequantize(const Tile<type>& x, std::uint32_t (&
     for (int u = 0; u < 2; ++u) {
       __half2 pair[4];
       detail::levels(x, r, u, pair);
-      if constexpr (f.kind != ScaleKind::none) {
-        __half2 scale, minimum;
-        detail::scale_of(x, r, u, scale, minimum);
-#pragma unroll
-        for (__half2& p : pair) p = f.minimum ? __hfma2(p, scale, minimum) : __hmul2(p, scale);
-      }
+      detail::apply_scale(x, r, u, pair);
 #pragma unroll
       for (int p = 0; p < 4; ++p) a[2 * u + p / 2][p % 2 * 2 + r] = detail::bits(pair[p]);
     }

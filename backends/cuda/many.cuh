@@ -101,12 +101,7 @@ struct TileReader {
         number_levels(x, r, u, base, pair);
       else
         detail::levels(x, r, u, pair);
-      if constexpr (f.kind != ScaleKind::none) {
-        __half2 scale, minimum;
-        detail::scale_of(x, r, u, scale, minimum);
-#pragma unroll
-        for (__half2& p : pair) p = f.minimum ? __hfma2(p, scale, minimum) : __hmul2(p, scale);
-      }
+      detail::apply_scale(x, r, u, pair);
 #pragma unroll
       for (int p = 0; p < 4; ++p) a[p / 2][p % 2 * 2 + r] = detail::bits(pair[p]);
     }

@@ -11,40 +11,7 @@
 namespace qwen3next::cuda {
 
 template <DType type>
-struct TypeConstant {
-  static constexpr DType value = type;
-};
-template <DType type>
 inline constexpr DTypeInfo info_of = info(type);
-
-// Calls f with the type as a constant.
-template <class F>
-void with_type(DType type, F&& f) {
-  switch (type) {
-#define QWEN3NEXT_CASE(name) \
-  case DType::name:          \
-    return f(TypeConstant<DType::name>{});
-    QWEN3NEXT_CASE(f32)
-    QWEN3NEXT_CASE(f16)
-    QWEN3NEXT_CASE(bf16)
-    QWEN3NEXT_CASE(f8_e4m3)
-    QWEN3NEXT_CASE(q4_0)
-    QWEN3NEXT_CASE(q4_1)
-    QWEN3NEXT_CASE(q5_0)
-    QWEN3NEXT_CASE(q5_1)
-    QWEN3NEXT_CASE(q8_0)
-    QWEN3NEXT_CASE(q2_k)
-    QWEN3NEXT_CASE(q3_k)
-    QWEN3NEXT_CASE(q4_k)
-    QWEN3NEXT_CASE(q5_k)
-    QWEN3NEXT_CASE(q6_k)
-    QWEN3NEXT_CASE(iq4_nl)
-    QWEN3NEXT_CASE(iq4_xs)
-    QWEN3NEXT_CASE(mxfp4)
-    QWEN3NEXT_CASE(nvfp4)
-#undef QWEN3NEXT_CASE
-  }
-}
 
 __device__ inline std::uint16_t raw_u16(const std::uint8_t* p) {  // at any address
   return static_cast<std::uint16_t>(p[0] | p[1] << 8);

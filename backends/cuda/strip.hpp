@@ -134,6 +134,42 @@ QWEN3NEXT_DEVICE constexpr int scale_index(DType type, int row, int col) noexcep
   return 16 * lanes + 4 * tile + 2 * r + u;
 }
 
+template <DType type>
+struct TypeConstant {
+  static constexpr DType value = type;
+};
+// Calls f with the type as a constant.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // f is for the host or for the card, as the caller is
+#endif
+template <class F>
+QWEN3NEXT_DEVICE void with_type(DType type, F&& f) {
+  switch (type) {
+#define QWEN3NEXT_CASE(name) \
+  case DType::name:          \
+    return f(TypeConstant<DType::name>{});
+    QWEN3NEXT_CASE(f32)
+    QWEN3NEXT_CASE(f16)
+    QWEN3NEXT_CASE(bf16)
+    QWEN3NEXT_CASE(f8_e4m3)
+    QWEN3NEXT_CASE(q4_0)
+    QWEN3NEXT_CASE(q4_1)
+    QWEN3NEXT_CASE(q5_0)
+    QWEN3NEXT_CASE(q5_1)
+    QWEN3NEXT_CASE(q8_0)
+    QWEN3NEXT_CASE(q2_k)
+    QWEN3NEXT_CASE(q3_k)
+    QWEN3NEXT_CASE(q4_k)
+    QWEN3NEXT_CASE(q5_k)
+    QWEN3NEXT_CASE(q6_k)
+    QWEN3NEXT_CASE(iq4_nl)
+    QWEN3NEXT_CASE(iq4_xs)
+    QWEN3NEXT_CASE(mxfp4)
+    QWEN3NEXT_CASE(nvfp4)
+#undef QWEN3NEXT_CASE
+  }
+}
+
 static_assert(strip_layout(DType::q4_k).bytes == 2048 + 128 + 128 + 64);
 static_assert(strip_layout(DType::q6_k).bytes == 3072 + 256 + 32);
 
