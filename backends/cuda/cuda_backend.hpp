@@ -229,6 +229,17 @@ class CudaBackend {
       return;
     }
     router(routing, logits, k, normalise);
+    add_routed(x, h, routing, experts, shared);
+  }
+
+  cuda::Device& device() const noexcept { return *device_; }
+
+ protected:
+  bool gathering() const noexcept { return record_->gathering(); }
+
+  // Many rows: x += the experts picked, of those on the card or that come in `waves`, and the shared one.
+  void add_routed(Tensor x, Tensor h, const Routing& routing, const cuda::CudaExperts& experts,
+                  const SharedExpert<Weight, Tensor>& shared, cuda::ExpertWaves* waves = nullptr) {
     linear(h, {{shared.gate_proj, shared.hidden}, {shared.up_proj, shared.up}});
     cuda::swiglu(*device_, shared.hidden, shared.hidden, shared.up, cuda::hidden_scale);
     cuda::linear_many(*device_, shared.hidden, one_of_many({shared.down_proj.matrix(), shared.y}),
@@ -240,13 +251,9 @@ class CudaBackend {
                         .routing = &routing,
                         .shared = shared.y,
                         .shared_gate = shared.gate,
-                        .add = true});
+                        .add = true,
+                        .waves = waves});
   }
-
-  cuda::Device& device() const noexcept { return *device_; }
-
- protected:
-  bool gathering() const noexcept { return record_->gathering(); }
 
  private:
   // What the stream is to do next must come after what was gathered.

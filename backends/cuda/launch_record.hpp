@@ -45,7 +45,7 @@ class LaunchRecord {
   struct Launch {
     const void* kernel;
     LaunchShape shape;
-    std::size_t first_parameter, parameters;  // of parameters_
+    std::size_t first_parameter, parameters;  // of Launches::parameters, and how many
   };
   struct Launches {
     std::vector<Launch> launches;

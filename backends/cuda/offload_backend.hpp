@@ -216,7 +216,7 @@ class OffloadCudaBackend : public CudaBackend {
     Supply supply(*this, layer);
     if (!few(h) || counter_.missed().size() > static_cast<std::size_t>(card_->transit().slots())) {
       cuda::SuppliedWaves waves(*card_, layer, *supply, counter_.missed(), h.n_rows);
-      return add_many(x, h, routing, card_->layer(layer, false), shared, waves);
+      return add_routed(x, h, routing, card_->layer(layer, false), shared, &waves);
     }
     add_on_card(x, h, logits, routing, all_at_once(layer, *supply), shared, k, normalise);
   }
@@ -244,8 +244,9 @@ class OffloadCudaBackend : public CudaBackend {
                     const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
     router(routing, logits, k, normalise);
     cuda::count_picks(device(), routing, card_->counts(layer, h.n_rows));
-    with_missing(layer, h.n_rows,
-                 [&](cuda::ExpertWaves& waves) { add_many(x, h, routing, card_->layer(layer, false), shared, waves); });
+    with_missing(layer, h.n_rows, [&](cuda::ExpertWaves& waves) {
+      add_routed(x, h, routing, card_->layer(layer, false), shared, &waves);
+    });
   }
 
   // f(waves): all that the layer is missing.
@@ -263,23 +264,6 @@ class OffloadCudaBackend : public CudaBackend {
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     if (!missing_.empty())
       card_->link_took(seconds.count(), static_cast<double>(missing_.size()) * card_->bytes_of_one(layer));
-  }
-
-  void add_many(Tensor x, Tensor h, const Routing& routing, const cuda::CudaExperts& experts,
-                const SharedExpert<Weight, Tensor>& shared, cuda::ExpertWaves& waves) {
-    linear(h, {{shared.gate_proj, shared.hidden}, {shared.up_proj, shared.up}});
-    cuda::swiglu(device(), shared.hidden, shared.hidden, shared.up, cuda::hidden_scale);
-    const cuda::ManyOutput down{shared.down_proj.matrix(), shared.y};
-    cuda::linear_many(device(), shared.hidden, {&down, 1}, 1 / cuda::hidden_scale);
-    cuda::experts_many(device(), scratch_,
-                       {.out = x,
-                        .x = h,
-                        .experts = &experts,
-                        .routing = &routing,
-                        .shared = shared.y,
-                        .shared_gate = shared.gate,
-                        .add = true,
-                        .waves = &waves});
   }
 
   // Where the missing experts of a layer come from.
