@@ -12,6 +12,7 @@
 #include "model/mtp.hpp"
 #include "tests/cuda/gpu.hpp"
 #include "tests/support/golden.hpp"
+#include "tests/support/observed.hpp"
 #include "tests/support/run_model.hpp"
 #include "weights/checkpoint.hpp"
 
@@ -22,20 +23,6 @@ namespace {
 
 const std::vector<std::string> goldens{"release", "fused", "sharded", "yarn", "fp8"};
 const std::string tiny = QWEN3NEXT_SOURCE_DIR "/weights/tiny/qwen3next-tiny.gguf";
-
-// Keeps the residual stream after each layer.
-struct Observed : test::Gpu {
-  using Gpu::Gpu;
-  void observe(int layer, Tensor x) {
-    residual.resize(std::max(residual.size(), static_cast<std::size_t>(layer) + 1));
-    for (int t = 0; t < x.n_rows; ++t) {
-      const std::span<const float> row = host(x.rows(t, 1));
-      residual[static_cast<std::size_t>(layer)].insert(residual[static_cast<std::size_t>(layer)].end(), row.begin(),
-                                                       row.end());
-    }
-  }
-  std::vector<std::vector<float>> residual;
-};
 
 // The operations alone, without the boxes that are more than one.
 struct Plain : test::Gpu {
@@ -80,7 +67,8 @@ TEST_CASE("cuda gives transformers' logits") {
       const double bound = 1e-5;
       const Checkpoint checkpoint = Checkpoint::open(test::golden(name));
       const test::Expected expected(name);
-      test::RunModel<Observed> run(checkpoint, Observed(kv), static_cast<int>(expected.tokens().size()));
+      test::RunModel<test::Observed<test::Gpu>> run(checkpoint, test::Observed<test::Gpu>(kv),
+                                                    static_cast<int>(expected.tokens().size()));
       const std::vector<float> logits = run.logits(expected.tokens());
       for (std::size_t i = 0; i < run.be.residual.size(); ++i) {  // names the first layer that differs
         CAPTURE(i);

@@ -14,6 +14,7 @@
 #include "generate/cuda_engine.hpp"
 #include "generate/cuda_offload.hpp"
 #include "tests/cuda/gpu.hpp"
+#include "tests/support/engine_logits.hpp"
 #include "tests/support/golden.hpp"
 
 using namespace qwen3next;
@@ -187,16 +188,9 @@ std::unique_ptr<const Engine> offloaded(const Checkpoint& c, double part, Offloa
       c.config, c.weights, KvType::f16, std::move(offload), "offload", streaming);
 }
 
-std::vector<std::int32_t> text(const Checkpoint& c, int n, int seed = 1) {
-  std::vector<std::int32_t> tokens;
-  for (int i = 0; i < n; ++i) tokens.push_back((i * i * 7 + i * 31 + seed * 101) % c.config.vocab_size);
-  return tokens;
-}
-
-using Rows = std::vector<std::vector<float>>;
-LogitsSink into(Rows& rows) {
-  return [&rows](std::span<const float> row) { rows.emplace_back(row.begin(), row.end()); };
-}
+using test::into;
+using test::Rows;
+using test::text;
 
 // A prompt in passes of 64; with `few` also tokens one by one, a few at once, guesses, the MTP head.
 Rows all_logits(const Engine& engine, const Checkpoint& c, bool few) {

@@ -11,6 +11,7 @@
 #include "model/mtp.hpp"
 #include "tests/support/backends.hpp"
 #include "tests/support/golden.hpp"
+#include "tests/support/observed.hpp"
 #include "tests/support/run_model.hpp"
 #include "weights/checkpoint.hpp"
 
@@ -21,26 +22,12 @@ namespace {
 
 const std::vector<std::string> goldens{"release", "fused", "sharded", "yarn", "fp8"};
 
-// A backend that keeps the residual stream after each layer.
 template <BackendOps B>
-struct Observed : B {
-  using B::B;
-  void observe(int layer, HostTensor x) {
-    residual.resize(std::max(residual.size(), static_cast<std::size_t>(layer) + 1));
-    for (int t = 0; t < x.n_rows; ++t) {
-      residual[static_cast<std::size_t>(layer)].insert(residual[static_cast<std::size_t>(layer)].end(), x[t].begin(),
-                                                       x[t].end());
-    }
-  }
-  std::vector<std::vector<float>> residual;
-};
-
-template <BackendOps B>
-void check_golden(const std::string& name, Observed<B> be, double bound) {
+void check_golden(const std::string& name, test::Observed<B> be, double bound) {
   CAPTURE(name);
   const Checkpoint checkpoint = Checkpoint::open(test::golden(name));
   const test::Expected expected(name);
-  test::RunModel<Observed<B>> run(checkpoint, be, static_cast<int>(expected.tokens().size()));
+  test::RunModel<test::Observed<B>> run(checkpoint, be, static_cast<int>(expected.tokens().size()));
 
   const std::vector<float> logits = run.logits(expected.tokens());
   for (std::size_t i = 0; i < run.be.residual.size(); ++i) {  // names the first layer that differs
@@ -68,7 +55,7 @@ void check_mtp(const std::string& name, B be, double bound) {
 }  // namespace
 
 TEST_CASE("the reference backend gives transformers' logits") {
-  for (const std::string& name : goldens) check_golden(name, Observed<ReferenceBackend>(), 3e-10);
+  for (const std::string& name : goldens) check_golden(name, test::Observed<ReferenceBackend>(), 3e-10);
 }
 
 TEST_CASE("the reference backend gives the MTP head's logits") {
@@ -95,8 +82,8 @@ TEST_CASE("the cpu backend gives transformers' logits on every ISA") {
   for (std::string_view isa : cpu::available_isas()) {
     CAPTURE(isa);
     for (const std::string& name : goldens) {
-      check_golden(name, Observed<CpuBackend>(test::cpu(isa, 2, KvType::f32)), 1e-9);
-      check_golden(name, Observed<CpuBackend>(test::cpu(isa, 2, KvType::f16)), 1e-5);
+      check_golden(name, test::Observed<CpuBackend>(test::cpu(isa, 2, KvType::f32)), 1e-9);
+      check_golden(name, test::Observed<CpuBackend>(test::cpu(isa, 2, KvType::f16)), 1e-5);
     }
   }
 }

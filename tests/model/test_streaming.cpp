@@ -13,6 +13,7 @@
 
 #include "generate/engine.hpp"
 #include "generate/streaming.hpp"
+#include "tests/support/engine_logits.hpp"
 #include "tests/support/golden.hpp"
 #include "tests/support/read_queues.hpp"
 #include "tests/support/temp_folder.hpp"
@@ -55,16 +56,9 @@ std::unique_ptr<const Engine> streamed(const Checkpoint& c, std::uint64_t memory
                       .streaming = std::make_shared<Streaming>(c, memory, std::filesystem::path(), queue)});
 }
 
-std::vector<std::int32_t> text(const Checkpoint& c, int n, int seed = 1) {
-  std::vector<std::int32_t> tokens;
-  for (int i = 0; i < n; ++i) tokens.push_back((i * i * 7 + i * 31 + seed * 101) % c.config.vocab_size);
-  return tokens;
-}
-
-using Rows = std::vector<std::vector<float>>;
-LogitsSink into(Rows& rows) {
-  return [&rows](std::span<const float> row) { rows.emplace_back(row.begin(), row.end()); };
-}
+using test::into;
+using test::Rows;
+using test::text;
 
 // A long prompt in uneven passes, tokens one by one, several at once, the MTP head: all logits on the way.
 Rows all_logits(const Engine& engine, const Checkpoint& c, int seed = 1) {
