@@ -242,9 +242,9 @@ class BackendTimeline final : public Timeline {
     return std::make_shared<BackendSnapshot<B>>(&w_, kv_, state_);
   }
   void restore(const TimelineSnapshot& snapshot) override {
-    forget_guesses();
     if (const auto* mine = dynamic_cast<const BackendSnapshot<B>*>(&snapshot)) {
       check_mine(*mine);
+      forget_guesses();
       state_ = mine->state;
     } else if (!upload(snapshot)) {
       throw Error("this snapshot is another model's: it fits sessions of its own Model");
@@ -277,6 +277,7 @@ class BackendTimeline final : public Timeline {
       const auto* host = dynamic_cast<const BackendSnapshot<Host>*>(&snapshot);
       if (!host) return false;
       check_mine(*host);
+      forget_guesses();
       state_ = SequenceState<B>(be_, c_);
       const auto take = [](const LayerState<Host>& from, LayerState<B>& to) {
         if (from.delta) to.delta->from_host(*from.delta);
