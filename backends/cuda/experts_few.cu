@@ -14,18 +14,17 @@ struct RankedExpert {
   float p;
   int id;
   __device__ __forceinline__ bool before(float other, int other_id) const {
-    return p > other || (p == other && id < other_id);
+    return (p > other) | ((p == other) & (id < other_id));
   }
 };
 
-// The place of `mine` among those of all lanes.
-__device__ __forceinline__ int rank_among_lanes(const RankedExpert& mine, int lane) {
+// The place of p among those of all lanes; of equal ones the lower lane's is first.
+__device__ __forceinline__ int rank_among_lanes(float p, int lane) {
   int rank = 0;
-#pragma unroll 8
+#pragma unroll
   for (int j = 0; j < 32; ++j) {
-    const float p = __shfl_sync(0xffffffff, mine.p, j);
-    const int id = __shfl_sync(0xffffffff, mine.id, j);
-    rank += j != lane && !mine.before(p, id);
+    const float other = __shfl_sync(0xffffffff, p, j);
+    rank += static_cast<int>((other > p) | ((other == p) & (j < lane)));
   }
   return rank;
 }
@@ -68,9 +67,9 @@ __device__ __forceinline__ void route_row(const float* logits, int experts, int 
   float highest = -1;  // of this lane
 #pragma unroll
   for (int i = 0; i < held; ++i) {
-    const bool is = i * 32 + lane < experts;
-    p[i] = is ? expf(p[i] - most) : -1.0f;
-    if (is) sum += p[i];
+    p[i] = expf(p[i] - most);  // 0 where there is no expert
+    sum += p[i];
+    if (i * 32 + lane >= experts) p[i] = -1;
     highest = fmaxf(highest, p[i]);
   }
   for (int i = 32 * held + lane; i < experts; i += 32) sum += expf(logits[i] - most);
@@ -81,7 +80,7 @@ __device__ __forceinline__ void route_row(const float* logits, int experts, int 
   } else {
     int count = 33;
     if (experts <= 32 * held) {
-      const int rank = rank_among_lanes({highest, lane}, lane);
+      const int rank = rank_among_lanes(highest, lane);
       const unsigned at_k = __ballot_sync(0xffffffff, rank == k - 1);
       const float threshold = __shfl_sync(0xffffffff, highest, __ffs(static_cast<int>(at_k)) - 1);
       count = 0;
@@ -96,8 +95,8 @@ __device__ __forceinline__ void route_row(const float* logits, int experts, int 
       __syncwarp();
     }
     if (count <= 32) {
-      const RankedExpert candidate = lane < count ? found[lane] : RankedExpert{-1, experts + lane};
-      const int rank = rank_among_lanes(candidate, lane);
+      const RankedExpert candidate = lane < count ? found[lane] : RankedExpert{-1, 0};  // in the order of ids
+      const int rank = rank_among_lanes(candidate.p, lane);
       __syncwarp();
       found[rank] = candidate;
       __syncwarp();
@@ -196,12 +195,12 @@ struct UpSections {
 };
 
 template <bool all_types>
-__global__ void __launch_bounds__(256, 2) experts_up_kernel(const __grid_constant__ UpWork work) {
+__global__ void __launch_bounds__(512, 2) experts_up_kernel(const __grid_constant__ UpWork work) {
   extern __shared__ uint4 shared_memory[];
   __shared__ int ids[few_rows * max_few_slots];
   __shared__ float weights[few_rows * max_few_slots];
   __shared__ const std::byte* slots[few_rows * max_few_slots];
-  __shared__ std::uint64_t barriers[8 * most_depth];
+  __shared__ std::uint64_t barriers[16 * most_depth];
   __shared__ RankedExpert found[few_rows][32];
   auto* memory = reinterpret_cast<std::byte*>(shared_memory);
   const int strips = work.experts.gate.strips(), warps = static_cast<int>(blockDim.x) / 32, k = work.routing.k;
@@ -292,7 +291,9 @@ __device__ __forceinline__ void down_tile(StripRing& ring, TileCursor& cursor, i
   UnitProduct<type> product;
   product.clear();
   for (int s = 0; s < strips; ++s) {
-    product.add(ring.take(), rows, s, slot, 1, lane, [&] { ring.ask(cursor, lane); });
+    product.add(ring.take(), rows, s, slot, 1, lane);
+    __syncwarp();
+    ring.ask(cursor, lane);
   }
   product.store(sums, 1, lane);
 }
@@ -440,7 +441,7 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
   add(m.gate, m.up, false);
   if (with_shared) add(e.shared_gate, e.shared_up, true);
 
-  int warps = 8;
+  int warps = 16;
   const int strips = m.gate.strips();
   const auto lay_out = [&](int rows) {
     up.split = split_of(warps, strips), up.rounds = up.units > 4 * device.properties().multiprocessors ? 4 : 2;

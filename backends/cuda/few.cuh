@@ -87,14 +87,11 @@ struct SharedRows {
     }
   }
 
-  // Of activation row `row` for every lane, or of lane / 4 where there are so many.
-  __device__ __forceinline__ void load(StripInput& in, int row, int s, int lane) const {
-    const std::uint16_t* from = half + row * stride(strips) + s * strip_cols;
-#pragma unroll
-    for (int i = 0; i < strip_tiles; ++i) load_b(in.b[i], from + i * tile_cols, lane);
-    const int k = row * 8 * strips + s * 8 + lane % 4 * 2;
-    in.sums[0] = *reinterpret_cast<const std::uint32_t*>(upper + k);
-    in.sums[1] = *reinterpret_cast<const std::uint32_t*>(lower + k);
+  // What a lane needs of activation row `row` for strip s.
+  __device__ __forceinline__ StripInput input(int row, int s, int lane) const {
+    const int t = lane % 4, sums = row * 8 * strips + s * 8 + 2 * t;
+    return {reinterpret_cast<const uint4*>(half + row * stride(strips) + s * strip_cols) + t,
+            reinterpret_cast<const std::uint32_t*>(upper + sums), reinterpret_cast<const std::uint32_t*>(lower + sums)};
   }
 };
 
@@ -179,12 +176,9 @@ class StripRing {
       const std::uint32_t barrier = barriers_ + static_cast<std::uint32_t>(8 * put_);
       if (lane == 0) {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-        if (row_bytes == 0) {
-          copy(to, from, bytes, barrier);
-        } else {
-#pragma unroll
-          for (int i = 0; i < f32_unit_rows; ++i) copy(to + 1024 * i, from + i * row_bytes, 1024, barrier);
-        }
+        const int piece = row_bytes == 0 ? bytes : bytes / f32_unit_rows;
+#pragma unroll 1
+        for (int done = 0; done < bytes; done += piece, from += row_bytes) copy(to + done, from, piece, barrier);
       }
 #else
       if (row_bytes == 0) {
@@ -338,27 +332,16 @@ __device__ __forceinline__ void finish_units(const Sections& of, int section, co
 // A unit's product with up to eight rows, as sums[column][16]: strips k, k + split, ... of it.
 template <DType type>
 struct UnitProduct {
-  StripInput in;
-  int strip = -1, row = -2;  // that `in` is of
   float acc[4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (float& a : acc) a = 0;
   }
-  template <class Ask>
-  __device__ __forceinline__ void add(const std::byte* slot, const SharedRows& rows, int s, int of_row, int /*columns*/,
-                                      int lane, Ask&& ask) {
-    if (s != strip || of_row != row) {
-      const int g = lane / 4;
-      rows.load(in, of_row >= 0 ? of_row : g < rows.rows ? g : 0, s, lane);
-      strip = s, row = of_row;
-    }
-    StripOf<type> x;
-    load<FromShared>(x, slot, lane);
-    strip_product(x, in, acc);
-    __syncwarp();
-    ask();
+  __device__ __forceinline__ void add(const std::byte* slot, const SharedRows& rows, int s, int row, int /*columns*/,
+                                      int lane) {
+    const int g = lane / 4;
+    strip_product<type>(slot, rows.input(row >= 0 ? row : g < rows.rows ? g : 0, s, lane), lane, acc);
   }
   __device__ __forceinline__ void store(float* to, int columns, int lane) const { store_sums(to, acc, columns, lane); }
 };
@@ -374,9 +357,8 @@ struct SingleProduct {
       for (float& a : acc[i]) a = 0;
     }
   }
-  template <class Ask>
   __device__ __forceinline__ void add(const std::byte* slot, const SharedRows& rows, int s, int of_row, int columns,
-                                      int lane, Ask&& ask) {
+                                      int lane) {
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       float4 w[f32_unit_rows];
@@ -396,8 +378,6 @@ struct SingleProduct {
         }
       }
     }
-    __syncwarp();
-    ask();
   }
   __device__ __forceinline__ void store(float* to, int columns, int lane) const {
 #pragma unroll
@@ -428,7 +408,9 @@ __device__ __forceinline__ void multiply_section(const Sections& of, int section
       const int row = of.unit(section, unit).row;
       product.clear();
       for (int s = k; s < strips; s += block.split) {
-        product.add(ring.take(), block.in, s, row, columns, lane, [&] { ring.ask(cursor, lane); });
+        product.add(ring.take(), block.in, s, row, columns, lane);
+        __syncwarp();
+        ring.ask(cursor, lane);
       }
       product.store(sums + ((unit - first) * block.split + k) * columns * 16, columns, lane);
     }

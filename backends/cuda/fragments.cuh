@@ -278,180 +278,157 @@ __host__ __device__ constexpr float strip_unit(DType type) {
                                                                                                   : tile_unit(type);
 }
 
-// The B fragments of a strip: 256 columns of activation row g, and sums of 32 of them in two f16 (see RowSums).
+// The 256 columns of an activation row that meet a strip, in shared memory, as lane 4 g + t sees them: of the row that
+// is column g of the product.
 struct StripInput {
-  uint4 b[4][2];
-  std::uint32_t sums[2];  // columns 32 (2 t), 32 (2 t + 1): upper parts; the rest
+  const uint4* b;              // f16, from column 8 t
+  const std::uint32_t* upper;  // sums of columns 32 (2 t), 32 (2 t + 1) to f16, and what that left
+  const std::uint32_t* lower;
 };
 
-// The registers of a lane for a strip.
-template <DType type>
-struct Strip {
-  static constexpr bool whole = type == DType::q3_k || type == DType::q4_k || type == DType::q5_k ||
-                                type == DType::q6_k || type == DType::iq4_xs;  // by fragments of whole numbers
-  static constexpr StripFormat format = strip_format(type);
-  static constexpr int high_loads = format.bits == 5 ? 1 : format.bits == 6 ? 2 : 0;
-  uint4 codes[4];
-  uint4 high[high_loads > 0 ? high_loads : 1];
-  uint4 scales;
-  std::uint32_t minima;  // columns 32 (2 t), 32 (2 t + 1) of row g, of row g + 8
-  uint2 factors;
-};
-template <DType type>
-requires(!Strip<type>::whole) struct TileStrip {
-  Tile<type> tile[4];
-};
-template <DType type>
-struct StripRegisters {
-  using Registers = TileStrip<type>;
-};
-template <DType type>
-requires(Strip<type>::whole) struct StripRegisters<type> {
-  using Registers = Strip<type>;
-};
-template <DType type>
-using StripOf = typename StripRegisters<type>::Registers;
+// Types whose fragments are whole numbers.
+__host__ __device__ constexpr bool multiplied_whole(DType type) {
+  return type == DType::q3_k || type == DType::q4_k || type == DType::q5_k || type == DType::q6_k ||
+         type == DType::iq4_xs;
+}
 
-template <class Source = FromMemory, DType type>
-__device__ __forceinline__ void load(Strip<type>& x, const std::byte* strip, int lane) {
+namespace detail {
+
+// A half u of a tile: fragments of its two MMAs.  Codes of the second are 16 times as large, but for IQ4_XS.
+template <DType type>
+__device__ __forceinline__ void whole_fragments(const uint4& codes, const std::uint32_t (&high)[2],
+                                                std::uint32_t scales, int u, std::uint32_t (&a)[2][4]) {
+  constexpr StripFormat f = strip_format(type);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const __half2 scale = byte_twice<f.scale_offset>(scales, 2 * r + u);
+    if constexpr (type == DType::iq4_xs) {
+      Tile<type> tile;
+      tile.codes[0] = codes;
+      __half2 pair[4];
+      levels(tile, r, u, pair);
+#pragma unroll
+      for (int p = 0; p < 4; ++p) a[p / 2][p % 2 * 2 + r] = bits(__hmul2(pair[p], scale));
+    } else {
+      const std::uint32_t w = word(codes, 2 * r + u);
+      __half2 zero[2];
+      if constexpr (f.zero != 0) {
+        zero[0] = __hmul2(scale, twice(-f.zero * 0x1p-24f)), zero[1] = __hmul2(scale, twice(-f.zero * 0x1p-20f));
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const std::uint32_t v = j == 0 ? w : w >> 8;
+        std::uint32_t q[2] = {v & 0x000f000f, v & 0x00f000f0};
+        if constexpr (f.bits == 5) {
+          const std::uint32_t h = __funnelshift_r(high[0], high[0], high_rotation(5, 2 * r + u, j));
+          q[0] |= h & 0x00100010, q[1] |= h & 0x01000100;
+        }
+        if constexpr (f.bits == 6) {
+          const std::uint32_t h = __funnelshift_r(high[r], high[r], high_rotation(6, u, j));
+          q[0] |= h & 0x00300030, q[1] |= h & 0x03000300;
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {  // columns 4 k + 2 j, + 1
+          a[k][2 * j + r] = bits(f.zero != 0 ? __hfma2(halves(q[k]), scale, zero[k]) : __hmul2(halves(q[k]), scale));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace detail
+
+// acc += strip x input, in units of strip_unit(), the strip in shared memory.  The order of additions is fixed.
+template <DType type>
+__device__ __forceinline__ void strip_product(const std::byte* strip, const StripInput& in, int lane, float (&acc)[4]) {
   using namespace detail;
-  constexpr StripFormat f = Strip<type>::format;
+  constexpr StripFormat f = strip_format(type);
   constexpr StripLayout at = strip_layout(type);
   const int g = lane / 4, t = lane % 4;
+  if constexpr (multiplied_whole(type)) {
+    float even[4] = {}, odd[4] = {};  // of the first and second MMA of each half
+    const auto scales = FromShared::get<uint4>(strip + at.scales + (f.group == 16 ? 2 * g + t / 2 : g) * 16);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x.codes[i] = Source::template get<uint4>(strip + i * 512 + lane * 16);
-#pragma unroll
-  for (int i = 0; i < Strip<type>::high_loads; ++i) {
-    x.high[i] = Source::template get<uint4>(strip + at.high + i * 512 + lane * 16);
-  }
-  x.scales = Source::template get<uint4>(strip + at.scales + (f.group == 16 ? 2 * g + t / 2 : g) * 16);
-  if constexpr (f.minimum) {
-    x.minima = Source::template get<std::uint32_t>(strip + at.minima + lane * 4);
-    x.factors = Source::template get<uint2>(strip + at.factors + g * 8);
-  } else {
-    x.factors.x = Source::template get<std::uint32_t>(strip + at.factors + g * 4);
-  }
-}
-template <class Source = FromMemory, DType type>
-__device__ __forceinline__ void load(TileStrip<type>& x, const std::byte* strip, int lane) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) load<Source>(x.tile[i], strip, i, lane);
-}
-
-// acc += strip x input, in units of strip_unit().  The order of additions is fixed.
-template <DType type>
-__device__ __forceinline__ void strip_product(const Strip<type>& x, const StripInput& in, float (&acc)[4]) {
-  using namespace detail;
-  constexpr StripFormat f = Strip<type>::format;
-  float even[4] = {}, odd[4] = {};  // of MMAs j = 0 and 1: two chains, and the second's codes are 16 times as large
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      std::uint32_t a[2][4];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const __half2 scale = byte_twice<f.scale_offset>(word(x.scales, i), 2 * r + u);
-        if constexpr (type == DType::iq4_xs) {
-          Tile<type> tile;
-          tile.codes[0] = x.codes[i];
-          __half2 pair[4];
-          levels(tile, r, u, pair);
-#pragma unroll
-          for (int p = 0; p < 4; ++p) a[p / 2][p % 2 * 2 + r] = bits(__hmul2(pair[p], scale));
-        } else {
-          const std::uint32_t w = word(x.codes[i], 2 * r + u);
-          __half2 zero[2];
-          if constexpr (f.zero != 0) {
-            zero[0] = __hmul2(scale, twice(-f.zero * 0x1p-24f)), zero[1] = __hmul2(scale, twice(-f.zero * 0x1p-20f));
-          }
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const std::uint32_t v = j == 0 ? w : w >> 8;
-            std::uint32_t q[2] = {v & 0x000f000f, v & 0x00f000f0};
-            if constexpr (f.bits == 5) {
-              const std::uint32_t h = word(x.high[0], i);
-              const std::uint32_t turned = __funnelshift_r(h, h, high_rotation(5, 2 * r + u, j));
-              q[0] |= turned & 0x00100010, q[1] |= turned & 0x01000100;
-            }
-            if constexpr (f.bits == 6) {
-              const std::uint32_t h = word(x.high[i / 2], i % 2 * 2 + r);
-              const std::uint32_t turned = __funnelshift_r(h, h, high_rotation(6, u, j));
-              q[0] |= turned & 0x00300030, q[1] |= turned & 0x03000300;
-            }
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {  // columns 4 k + 2 j, + 1
-              const __half2 product =
-                  f.zero != 0 ? __hfma2(halves(q[k]), scale, zero[k]) : __hmul2(halves(q[k]), scale);
-              a[k][2 * j + r] = bits(product);
-            }
-          }
-        }
+    for (int i = 0; i < strip_tiles; ++i) {
+      const auto codes = FromShared::get<uint4>(strip + i * 512 + lane * 16);
+      std::uint32_t high[2] = {};
+      if constexpr (f.bits == 5) high[0] = FromShared::get<std::uint32_t>(strip + at.high + lane * 16 + i * 4);
+      if constexpr (f.bits == 6) {
+        const auto v = FromShared::get<uint2>(strip + at.high + (i / 2 * 32 + lane) * 16 + i % 2 * 8);
+        high[0] = v.x, high[1] = v.y;
       }
-      mma(even, a[0], in.b[i][u].x, in.b[i][u].y);
-      mma(odd, a[1], in.b[i][u].z, in.b[i][u].w);
-    }
-  }
-  float sum[4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) sum[k] = type == DType::iq4_xs ? even[k] + odd[k] : fmaf(odd[k], 0.0625f, even[k]);
-  if constexpr (f.minimum) {
-    // sum of minimum times sum of 32 inputs, for the eight groups: one more MMA, the inputs' sums in two parts.
-    const std::uint32_t g0 = __byte_perm(x.minima, 0, 0x4140), g8 = __byte_perm(x.minima, 0, 0x4342);
-    const std::uint32_t a[4] = {g0, g8, g0, g8};
-    float minimum[4] = {};
-    mma(minimum, a, in.sums[0], in.sums[1]);
-    const float2 first = __half22float2(halves(x.factors.x)), second = __half22float2(halves(x.factors.y));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float2 d = k < 2 ? first : second;
-      acc[k] = fmaf(d.x, sum[k], acc[k]);
-      acc[k] = fmaf(-d.y, minimum[k], acc[k]);
-    }
-  } else {
-    const float2 d = __half22float2(halves(x.factors.x));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) acc[k] = fmaf(k < 2 ? d.x : d.y, sum[k], acc[k]);
-  }
-}
-
-template <DType type>
-__device__ __forceinline__ void strip_product(const TileStrip<type>& x, const StripInput& in, float (&acc)[4]) {
-  float sum[2][4] = {};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    std::uint32_t a[4][4];
-    if constexpr (type == DType::f8_e4m3) {  // exact: the factor of 128 columns comes afterwards
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          __half2 pair[4];
-          detail::levels(x.tile[i], r, u, pair);
-#pragma unroll
-          for (int p = 0; p < 4; ++p) a[2 * u + p / 2][p % 2 * 2 + r] = detail::bits(pair[p]);
-        }
+      for (int u = 0; u < 2; ++u) {
+        std::uint32_t a[2][4];
+        whole_fragments<type>(codes, high, word(scales, i), u, a);
+        const uint4 b = in.b[8 * i + 4 * u];
+        mma(even, a[0], b.x, b.y);
+        mma(odd, a[1], b.z, b.w);
       }
-    } else {
-      dequantize(x.tile[i], a);
     }
+    float sum[4];
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      mma(sum[0], a[2 * u], in.b[i][u].x, in.b[i][u].y);
-      mma(sum[1], a[2 * u + 1], in.b[i][u].z, in.b[i][u].w);
-    }
-    if constexpr (type == DType::f8_e4m3) {
-      if (i % 2 == 0) continue;
+    for (int k = 0; k < 4; ++k) sum[k] = type == DType::iq4_xs ? even[k] + odd[k] : fmaf(odd[k], 0.0625f, even[k]);
+    if constexpr (f.minimum) {
+      // sum of minimum times sum of 32 inputs, for the eight groups: one more MMA, the inputs' sums in two parts.
+      const auto minima = FromShared::get<std::uint32_t>(strip + at.minima + lane * 4);
+      const std::uint32_t g0 = __byte_perm(minima, 0, 0x4140), g8 = __byte_perm(minima, 0, 0x4342);
+      const std::uint32_t a[4] = {g0, g8, g0, g8};
+      float minimum[4] = {};
+      mma(minimum, a, *in.upper, *in.lower);
+      const auto factors = FromShared::get<uint2>(strip + at.factors + g * 8);
+      const float2 first = __half22float2(halves(factors.x)), second = __half22float2(halves(factors.y));
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        acc[k] = fmaf(__uint_as_float(x.tile[i].scales[k / 2]), sum[0][k] + sum[1][k], acc[k]);
-        sum[0][k] = sum[1][k] = 0;
+        const float2 d = k < 2 ? first : second;
+        acc[k] = fmaf(d.x, sum[k], acc[k]);
+        acc[k] = fmaf(-d.y, minimum[k], acc[k]);
+      }
+    } else {
+      const float2 d = __half22float2(halves(FromShared::get<std::uint32_t>(strip + at.factors + g * 4)));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) acc[k] = fmaf(k < 2 ? d.x : d.y, sum[k], acc[k]);
+    }
+  } else {
+    float sum[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < strip_tiles; ++i) {
+      Tile<type> tile;
+      load<FromShared>(tile, strip, i, lane);
+      std::uint32_t a[4][4];
+      if constexpr (type == DType::f8_e4m3) {  // exact: the factor of 128 columns comes afterwards
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+#pragma unroll
+          for (int u = 0; u < 2; ++u) {
+            __half2 pair[4];
+            levels(tile, r, u, pair);
+#pragma unroll
+            for (int p = 0; p < 4; ++p) a[2 * u + p / 2][p % 2 * 2 + r] = bits(pair[p]);
+          }
+        }
+      } else {
+        dequantize(tile, a);
+      }
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const uint4 b = in.b[8 * i + 4 * u];
+        mma(sum[0], a[2 * u], b.x, b.y);
+        mma(sum[1], a[2 * u + 1], b.z, b.w);
+      }
+      if constexpr (type == DType::f8_e4m3) {
+        if (i % 2 == 0) continue;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          acc[k] = fmaf(__uint_as_float(tile.scales[k / 2]), sum[0][k] + sum[1][k], acc[k]);
+          sum[0][k] = sum[1][k] = 0;
+        }
       }
     }
-  }
-  if constexpr (type != DType::f8_e4m3) {
+    if constexpr (type != DType::f8_e4m3) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) acc[k] += sum[0][k] + sum[1][k];
+      for (int k = 0; k < 4; ++k) acc[k] += sum[0][k] + sum[1][k];
+    }
   }
 }
 

@@ -173,11 +173,11 @@ __device__ __forceinline__ void prepare_rows(const SharedRows& to, const CudaTen
 }
 
 template <bool all_types>
-__global__ void __launch_bounds__(512, 1)
+__global__ void __launch_bounds__(512, 2)
     linear_few_kernel(const __grid_constant__ FewProducts products, const CudaTensor x,
                       const __grid_constant__ FewInput input, const CudaTensor residual, const FewPlan plan) {
   extern __shared__ uint4 shared_memory[];
-  __shared__ std::uint64_t barriers[8 * most_depth];
+  __shared__ std::uint64_t barriers[16 * most_depth];
   auto* memory = reinterpret_cast<std::byte*>(shared_memory);
   const int strips = products.of[0].w.strips(), warps = static_cast<int>(blockDim.x) / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -225,17 +225,19 @@ void linear_few(const Device& device, CudaTensor x, std::span<const Product> pro
   const int processors = device.properties().multiprocessors;
   const int groups = input.norm_size > 0 ? x.n_cols / input.norm_size : 1;
   plan.groups = norm_groups(input, x.n_cols);
-  int warps = strips >= 16 && units <= processors ? 16 : 8, blocks = 0;
+  // A block a multiprocessor, of half its registers and, unless it has much to do, memory: the next kernel's fits
+  // beside it and asks for its weights meanwhile.
+  const int blocks = std::min(units, processors), most_units = (units + blocks - 1) / blocks;
+  int warps = most_units * split_of(16, strips) > 8 ? 16 : 8;
   const auto limit = static_cast<int>(device.properties().shared_memory_per_block) - 1024;
   const auto lay_out = [&](int T) {
-    blocks = std::min(units, processors * 16 / warps);
     plan.split = split_of(warps, strips);
-    const int lanes = warps / plan.split, unit_rounds = (units / blocks + lanes) / lanes;
+    const int lanes = warps / plan.split, unit_rounds = (most_units + lanes - 1) / lanes;
     plan.rounds = std::min(4, unit_rounds);
     plan.half_floats = FewBlock::sum_bytes(warps, plan.rounds, T) / 8;
     const int rows = SharedRows::bytes(T, strips, plan.single), factors = (T * std::max(groups, warps) + 3) / 4 * 16;
     const int rest = rows + factors + 8 * plan.half_floats, ring = warps * plan.slot_bytes;
-    const int room = (warps > 8 ? limit : limit / 2) - rest;  // two blocks a multiprocessor, if that leaves enough
+    const int room = (most_units * strips * plan.slot_bytes > 2 * limit ? limit : limit / 2) - rest;
     plan.depth =
         std::clamp(room / ring, 1, std::min(most_depth, unit_rounds * ((strips + plan.split - 1) / plan.split)));
     plan.rows_at = plan.depth * ring;
