@@ -145,6 +145,9 @@ class Traced : public B {
   // `trace` outlives the backend.
   Traced(B backend, Trace& trace, Meter meter = {}) : B(std::move(backend)), trace_(&trace), meter_(std::move(meter)) {}
 
+  // Each operation is timed as it is started: none is gathered to be started later.
+  bool begin_pass() noexcept requires(requires(B& be) { be.begin_pass(); }) { return false; }
+
   std::span<const float> host(Tensor row) {
     const std::span<const float> values = B::host(row);
     meter_.finish(*trace_);
