@@ -11,11 +11,41 @@ namespace {
 constexpr int most_few_rows = 8;
 constexpr int batch_segments = 64;
 
+// ---- Functions of the gates and the convolution
+// --------------------------------------------------------------------------
+// To some 3e-7 relative, in a few instructions without branches: between two uses of a kernel a token's weights pass
+// through the caches, so each 128 bytes of code cost their way through memory.
+
+__device__ inline float quick_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(__fmul_rn(x, 1.4426950408889634f)));
+  return y;
+}
+__device__ inline float quick_divide(float x, float y) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+  return __fmul_rn(x, inverse);
+}
+__device__ inline float quick_rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float conv_silu(float x) { return quick_divide(x, __fadd_rn(1.0f, quick_exp(-x))); }
+__device__ inline float gate_beta(float b) { return quick_divide(1.0f, __fadd_rn(1.0f, quick_exp(-b))); }
+// A softplus(x), softplus(x) = max(x, 0) + log(1 + e), e = exp(-|x|);  log(1 + e) = 2 atanh(e / (2 + e)).
+__device__ inline float gate_g(float x, float A) {
+  const float e = quick_exp(-fabsf(x)), s = quick_divide(e, __fadd_rn(2.0f, e)), s2 = __fmul_rn(s, s);
+  float sum = 2.0f / 13;
+#pragma unroll
+  for (int n = 11; n > 0; n -= 2) sum = __fmaf_rn(sum, s2, 2.0f / static_cast<float>(n));
+  return __fmul_rn(A, __fmaf_rn(sum, s, fmaxf(x, 0.0f)));
+}
+
 // ---- One launch for few rows
 // -----------------------------------------------------------------------------------------
 
 constexpr int few_columns = 32, few_taps = 4;
-constexpr int state_threads = 4 * few_columns;
 
 struct FewRows {
   const float* x;      // [T, channels] input of the convolution; its output if taps is null
@@ -24,205 +54,193 @@ struct FewRows {
   std::ptrdiff_t x_stride, b_stride, a_stride, out_stride;
   const float *taps, *A, *dt_bias;
   int key_heads, value_heads, value_dim, channels;
-  bool wait_first;  // the kernel before may have written the state
+  bool wait_first;  // a kernel shortly before may have written the state
 };
 
-// A thread block owns `few_columns` rows of the transposed state of a head, in registers of `state_threads` threads: 8
-// lanes for two rows.  What its head needs of the convolution it computes itself, as the other blocks of the head do;
-// one of them keeps it.  A single sequence waits for its one block: it has a thread for each channel, and a warp for
-// the gates.  In a batch there are other blocks to run.
+template <int bytes>  // 4 or 16
+__device__ inline void copy_async(float* to, const float* from) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+}
+__device__ inline void await_own_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A thread block owns `few_columns` rows of the transposed state of a head, in shared memory: Dk / 16 lanes a row, 16
+// floats a lane, which no other reads.  What its head needs of the convolution it computes itself, a thread for each
+// channel, as the other blocks of the head do; one of them keeps it.  One more warp has the gates.
 //
 // Every sum has an order of its own, whatever the number of rows, and each product is rounded as written here: rows
-// that come together are bit for bit rows that come one by one.
-template <int N>
-constexpr int few_threads = N == 1 ? 320 : 160;
+// that come together are bit for bit rows that come one by one.  All loops are short and stay loops.  `decodes`: one
+// row of one segment, nothing pending, not tentative; the same in fewer instructions.
+template <int Dk>
+constexpr int few_width = 2 * Dk + few_columns;
+template <int Dk>
+constexpr int few_threads = few_width<Dk> + 32;
 
-template <int Dk, int N>
-__global__ void __launch_bounds__(few_threads<N>, N == 1 ? 1 : 4)
+// Grid: key heads of all segments, value heads of a key head, columns of a value head.
+template <int Dk, int N, bool decodes>
+__global__ void __launch_bounds__(few_threads<Dk>, 4)
     few_rows(const FewRows p, const __grid_constant__ DeltaBatch<N> batch) {
-  constexpr int quads = Dk / 32, width = 2 * Dk + few_columns, window = few_taps - 1;
-  constexpr int threads = few_threads<N>, slots = (width + threads - 1) / threads;
-  __shared__ __align__(16) float conv[most_few_rows][width];
+  constexpr int lanes = Dk / 16, width = few_width<Dk>, window = few_taps - 1;
+  __shared__ __align__(16) float S[few_columns * Dk];
+  __shared__ __align__(16) float outputs[most_few_rows][width];  // of the convolution
+  __shared__ float inputs[window + most_few_rows][width];
   __shared__ float2 gates[most_few_rows];  // beta, exp(g)
-
-  const DeltaRows& d = batch.rows[N == 1 ? 0 : blockIdx.y];
-  const int tid = static_cast<int>(threadIdx.x), groups = p.value_dim / few_columns;
-  const int head = static_cast<int>(blockIdx.x) / groups, group = static_cast<int>(blockIdx.x) % groups;
-  const int ratio = p.value_heads / p.key_heads, key_head = head / ratio;
-  const int v = tid / 32 * 8 + tid % 32 / 8, part = tid % 8, C = p.channels;  // rows v, v + 4
-  const int column = head * p.value_dim + group * few_columns;
-  const bool has_state = tid < state_threads;
-  const auto has_channel = [&](int s) { return tid + s * threads < width; };
-  const auto channel_of = [&](int s) {
-    const int c = tid + s * threads;
-    return c < Dk       ? key_head * Dk + c
-           : c < 2 * Dk ? (p.key_heads + key_head - 1) * Dk + c
-                        : 2 * p.key_heads * Dk + column + c - 2 * Dk;
-  };
-
-  if (p.wait_first) wait_for_predecessor();
-  float* const S_row = d.S + (static_cast<std::size_t>(column) + static_cast<std::size_t>(v)) * Dk + part * 4;
-  float4 S[2][quads];
-  if (has_state) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int j = 0; j < quads; ++j) S[i][j] = *reinterpret_cast<const float4*>(S_row + i * 4 * Dk + j * 32);
-    }
-  }
-  const auto store = [&] {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int j = 0; j < quads; ++j) *reinterpret_cast<float4*>(S_row + i * 4 * Dk + j * 32) = S[i][j];
-    }
-  };
-  float past[slots][window], taps[slots][few_taps], A = 0, dt_bias = 0;
-#pragma unroll
-  for (int s = 0; s < slots; ++s) {
-    if (!has_channel(s)) continue;
-#pragma unroll
-    for (int j = 0; j < window; ++j) past[s][j] = past_input(d, few_taps, C, j, channel_of(s));
-    if (p.taps) {
-      const float4 t = *reinterpret_cast<const float4*>(p.taps + channel_of(s) * few_taps);
-      taps[s][0] = t.x, taps[s][1] = t.y, taps[s][2] = t.z, taps[s][3] = t.w;
-    }
-  }
-  if (p.taps) A = p.A[head], dt_bias = p.dt_bias[head];
-
-  // With r = 1 / |k|, a = exp(g):  d = beta (v - a r S k),  S' = a S + d r k,  S' q = a S q + d r (k . q).
-  // So one pass over S gives all that the update and the output need.
-  const auto step = [&](int row, float(&out)[2]) {
-    const float* x = conv[row];
-    float4 k[quads];
-    float sk[2] = {}, sq[2] = {}, kq = 0, kk = 0, qq = 0;
-    const auto add = [&](float s0, float s1, float key, float query) {
-      sk[0] = __fmaf_rn(s0, key, sk[0]), sk[1] = __fmaf_rn(s1, key, sk[1]);
-      sq[0] = __fmaf_rn(s0, query, sq[0]), sq[1] = __fmaf_rn(s1, query, sq[1]);
-      kq = __fmaf_rn(key, query, kq), kk = __fmaf_rn(key, key, kk), qq = __fmaf_rn(query, query, qq);
-    };
-#pragma unroll
-    for (int j = 0; j < quads; ++j) {
-      const float4 q = *reinterpret_cast<const float4*>(x + j * 32 + part * 4);
-      k[j] = *reinterpret_cast<const float4*>(x + Dk + j * 32 + part * 4);
-      add(S[0][j].x, S[1][j].x, k[j].x, q.x), add(S[0][j].y, S[1][j].y, k[j].y, q.y);
-      add(S[0][j].z, S[1][j].z, k[j].z, q.z), add(S[0][j].w, S[1][j].w, k[j].w, q.w);
-    }
-    const auto sum_lanes = [](float& sum, int offset) {
-      sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffff, sum, offset));
-    };
-#pragma unroll
-    for (int offset = 4; offset > 0; offset /= 2) {
-      sum_lanes(sk[0], offset), sum_lanes(sk[1], offset), sum_lanes(kk, offset), sum_lanes(kq, offset);
-      sum_lanes(sq[0], offset), sum_lanes(sq[1], offset), sum_lanes(qq, offset);
-    }
-    const float rk = rsqrtf(__fadd_rn(kk, 1e-6f));
-    const float rq = rsqrtf(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(Dk)));
-    const auto [beta, decay] = gates[row];
-    const auto update = [&](float& s, float delta, float key) { s = __fmaf_rn(delta, key, __fmul_rn(decay, s)); };
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float known = __fmul_rn(__fmul_rn(decay, rk), sk[i]);
-      const float delta = __fmul_rn(__fmul_rn(beta, __fsub_rn(x[2 * Dk + v + 4 * i], known)), rk);
-      out[i] = __fmul_rn(rq, __fmaf_rn(delta, kq, __fmul_rn(decay, sq[i])));
-#pragma unroll
-      for (int j = 0; j < quads; ++j) {
-        update(S[i][j].x, delta, k[j].x), update(S[i][j].y, delta, k[j].y);
-        update(S[i][j].z, delta, k[j].z), update(S[i][j].w, delta, k[j].w);
-      }
-    }
-  };
-
-  const int gate_row = tid - (threads - 32);
-  float o[2];
-  if (d.pending > 0) {
-#pragma unroll
-    for (int s = 0; s < slots; ++s) {
-      for (int row = 0; row < d.pending && has_channel(s); ++row)
-        conv[row][tid + s * threads] = Journal::outputs(d.journal, row, C)[channel_of(s)];
-    }
-    if (gate_row >= 0 && gate_row < d.pending) {
-      gates[gate_row] = {Journal::beta(d.journal, gate_row, C, p.value_heads)[head],
-                         expf(Journal::g(d.journal, gate_row, C, p.value_heads)[head])};
-    }
-    __syncthreads();
-    for (int row = 0; row < d.pending && has_state; ++row) step(row, o);
-    __syncthreads();
-  }
-
-  if (!p.wait_first) wait_for_predecessor();
   let_successor_start();
 
-  constexpr int ahead = N == 1 ? most_few_rows : 1;  // rows read at once
-  const auto input = [&](int s, int row) { return p.x[(d.begin + row) * p.x_stride + channel_of(s)]; };
-  float fresh[slots][ahead];
+  const int segment = N == 1 ? 0 : static_cast<int>(blockIdx.x) / p.key_heads;
+  const DeltaRows& d = batch.rows[segment];
+  const int key_head = static_cast<int>(blockIdx.x) - segment * p.key_heads;
+  const int head = key_head * static_cast<int>(gridDim.y) + static_cast<int>(blockIdx.y);
+  const int column = head * p.value_dim + static_cast<int>(blockIdx.z) * few_columns;
+  const int pending = decodes ? 0 : d.pending, count = decodes ? 1 : d.count;
+  const bool tentative = !decodes && d.next_journal, convolve = decodes || p.taps;
+  const bool wait_first = !decodes && p.wait_first;
+  const bool first_of_head = blockIdx.z == 0, first_of_key_head = first_of_head && blockIdx.y == 0;
+  const int tid = static_cast<int>(threadIdx.x), C = p.channels;
+  const bool has_state = tid < few_columns * lanes, has_channel = tid < width;
+  const int v = tid / lanes, own = v * Dk + tid % lanes * 4;
+  const int channel = tid < Dk       ? key_head * Dk + tid
+                      : tid < 2 * Dk ? (p.key_heads + key_head - 1) * Dk + tid
+                                     : 2 * p.key_heads * Dk + column + tid - 2 * Dk;
+  const bool keeper = tid >= 2 * Dk || first_of_key_head;  // of this channel's window and journal
+
+  if (wait_first) wait_for_predecessor();
+  float* const S_own = d.S + static_cast<std::size_t>(column) * Dk + own;
+  if (has_state) {
 #pragma unroll
-  for (int s = 0; s < slots; ++s) {
-#pragma unroll
-    for (int row = 0; row < ahead; ++row) {
-      if (row < d.count && has_channel(s)) fresh[s][row] = input(s, row);
-    }
+    for (int i = 0; i < Dk; i += 4 * lanes) copy_async<16>(S + own + i, S_own + i);
   }
-  if (gate_row >= 0 && gate_row < d.count) {
-    float beta = p.b[(d.begin + gate_row) * p.b_stride + head], g = p.a[(d.begin + gate_row) * p.a_stride + head];
-    if (p.taps) beta = sigmoid(beta), g = __fmul_rn(A, softplus(__fadd_rn(g, dt_bias)));
-    gates[gate_row] = {beta, expf(g)};
-    if (d.next_journal && group == 0) {
-      Journal::beta(d.next_journal, gate_row, C, p.value_heads)[head] = beta;
-      Journal::g(d.next_journal, gate_row, C, p.value_heads)[head] = g;
+  float4 taps{};  // of the gates: A, dt_bias
+  if (has_channel) {
+#pragma unroll 1
+    for (int j = 0; j < window; ++j) {
+      const int row = pending + j;
+      copy_async<4>(inputs[j] + tid, (row < window ? d.window + row * C : d.journal + (row - window) * C) + channel);
     }
+    if (convolve) taps = reinterpret_cast<const float4*>(p.taps)[channel];
+  } else if (convolve) {
+    taps.x = p.A[head], taps.y = p.dt_bias[head];
   }
-#pragma unroll
-  for (int s = 0; s < slots; ++s) {
-    if (!has_channel(s)) continue;
-    const int c = tid + s * threads, channel = channel_of(s);
-    const bool keeper = c >= 2 * Dk || (head % ratio == 0 && group == 0);  // of this channel's window and journal
-    float last[window];                                                    // of the window after the rows
-#pragma unroll
-    for (int j = 0; j < window; ++j) last[j] = past[s][j];
-#pragma unroll(ahead)
-    for (int row = 0; row < most_few_rows; ++row) {
-      if (row >= d.count) break;
-      const float x = N == 1 || row == 0 ? fresh[s][N == 1 ? row : 0] : input(s, row);
-      float y = x;
-      if (p.taps) {
-        float sum = 0;
-#pragma unroll
-        for (int j = 0; j < window; ++j) sum = __fmaf_rn(taps[s][j], last[j], sum);
-        y = silu(__fmaf_rn(taps[s][window], x, sum));
+
+  // First what is pending, then the rows of this pass.
+#pragma unroll 1
+  for (bool now = pending == 0;; now = true) {
+    const int rows = now ? count : pending;
+    if (now && !wait_first) wait_for_predecessor();
+    if (has_channel) {
+      const float* from = now ? p.x + d.begin * p.x_stride + channel : Journal::outputs(d.journal, 0, C) + channel;
+      const std::ptrdiff_t stride = now ? p.x_stride : C;
+      float* const to = (now ? inputs[window] : outputs[0]) + tid;
+#pragma unroll 1
+      for (int row = 0; row < rows; ++row, from += stride) copy_async<4>(to + row * width, from);
+      await_own_copies();
+#pragma unroll 1
+      for (int row = 0; now && row < rows; ++row) {
+        const float* const x = inputs[row] + tid;
+        const float last = x[window * width];
+        float y = last;
+        if (convolve) {
+          y = __fmaf_rn(taps.x, x[0], 0.0f);
+          y = __fmaf_rn(taps.z, x[2 * width], __fmaf_rn(taps.y, x[width], y));
+          y = conv_silu(__fmaf_rn(taps.w, last, y));
+        }
+        outputs[row][tid] = y;
+        if (tentative && keeper) {
+          if (convolve) Journal::inputs(d.next_journal, row, C)[channel] = last;
+          Journal::outputs(d.next_journal, row, C)[channel] = y;
+        }
       }
-#pragma unroll
-      for (int j = 0; j + 1 < window; ++j) last[j] = last[j + 1];
-      last[window - 1] = x;
-      conv[row][c] = y;
-      if (d.next_journal && keeper) {
-        if (p.taps) Journal::inputs(d.next_journal, row, C)[channel] = x;
-        Journal::outputs(d.next_journal, row, C)[channel] = y;
+    } else if (const int row = tid - width; row < rows) {
+      float beta, g;
+      if (now) {
+        beta = p.b[(d.begin + row) * p.b_stride + head], g = p.a[(d.begin + row) * p.a_stride + head];
+        if (convolve) beta = gate_beta(beta), g = gate_g(__fadd_rn(g, taps.y), taps.x);
+        if (tentative && first_of_head) {
+          Journal::beta(d.next_journal, row, C, p.value_heads)[head] = beta;
+          Journal::g(d.next_journal, row, C, p.value_heads)[head] = g;
+        }
+      } else {
+        beta = Journal::beta(d.journal, row, C, p.value_heads)[head];
+        g = Journal::g(d.journal, row, C, p.value_heads)[head];
+      }
+      gates[row] = {beta, quick_exp(g)};
+    }
+    __syncthreads();
+
+    // With r = 1 / |k|, a = exp(g):  d = beta (v - a r S k),  S' = a S + d r k,  S' q = a S q + d r (k . q).
+    // So one pass over S gives all that the update and the output need.
+    if (has_state) {
+      if (now && pending > 0 && (tentative || rows == 0)) {
+#pragma unroll 1
+        for (int i = 0; i < Dk; i += 4 * lanes)
+          *reinterpret_cast<float4*>(S_own + i) = *reinterpret_cast<const float4*>(S + own + i);
+      }
+#pragma unroll 1
+      for (int row = 0; row < rows; ++row) {
+        const float* const query = outputs[row] + tid % lanes * 4;
+        float sk = 0, sq = 0, kq = 0, kk = 0, qq = 0;
+        const auto add = [&](float s, float k, float q) {
+          sk = __fmaf_rn(s, k, sk), sq = __fmaf_rn(s, q, sq), kq = __fmaf_rn(k, q, kq);
+          kk = __fmaf_rn(k, k, kk), qq = __fmaf_rn(q, q, qq);
+        };
+#pragma unroll 1
+        for (int i = 0; i < Dk; i += 4 * lanes) {
+          const float4 s = *reinterpret_cast<const float4*>(S + own + i);
+          const float4 q = *reinterpret_cast<const float4*>(query + i);
+          const float4 k = *reinterpret_cast<const float4*>(query + Dk + i);
+          add(s.x, k.x, q.x), add(s.y, k.y, q.y), add(s.z, k.z, q.z), add(s.w, k.w, q.w);
+        }
+        const auto sum_lanes = [](float& sum, int offset) {
+          sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffff, sum, offset));
+        };
+#pragma unroll 1
+        for (int offset = lanes / 2; offset > 0; offset /= 2)
+          sum_lanes(sk, offset), sum_lanes(sq, offset), sum_lanes(kq, offset), sum_lanes(kk, offset),
+              sum_lanes(qq, offset);
+        const float rk = quick_rsqrt(__fadd_rn(kk, 1e-6f));
+        const float rq = quick_rsqrt(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(Dk)));
+        const auto [beta, decay] = gates[row];
+        const float known = __fmul_rn(__fmul_rn(decay, rk), sk);
+        const float delta = __fmul_rn(__fmul_rn(beta, __fsub_rn(outputs[row][2 * Dk + v], known)), rk);
+        if (now && tid % lanes == 0)
+          p.out[(d.begin + row) * p.out_stride + column + v] =
+              __fmul_rn(rq, __fmaf_rn(delta, kq, __fmul_rn(decay, sq)));
+        const bool keep = now && !tentative && row + 1 == rows;
+        const auto update = [&](float& s, float k) { s = __fmaf_rn(delta, k, __fmul_rn(decay, s)); };
+#pragma unroll 1
+        for (int i = 0; i < Dk; i += 4 * lanes) {
+          float4& state = *reinterpret_cast<float4*>(S + own + i);
+          const float4 k = *reinterpret_cast<const float4*>(query + Dk + i);
+          float4 s = state;
+          update(s.x, k.x), update(s.y, k.y), update(s.z, k.z), update(s.w, k.w);
+          state = s;
+          if (keep) *reinterpret_cast<float4*>(S_own + i) = s;
+        }
       }
     }
-    if (d.next_window && keeper) {
-#pragma unroll
-      for (int j = 0; j < window; ++j) d.next_window[j * C + channel] = d.next_journal ? past[s][j] : last[j];
-    }
+    if (now) break;
+    __syncthreads();  // outputs and gates are read
   }
-  __syncthreads();
-  if (!has_state) return;
-  if (d.pending > 0 && (d.next_journal || d.count == 0)) store();
-  for (int row = 0; row < d.count; ++row) {
-    step(row, o);
-    if (part < 2) p.out[(d.begin + row) * p.out_stride + column + v + 4 * part] = part == 0 ? o[0] : o[1];
-  }
-  if (!d.next_journal && d.count > 0) store();
+  if (!has_channel || !keeper || (!decodes && !d.next_window)) return;
+#pragma unroll 1
+  for (int j = 0; j < window; ++j) d.next_window[j * C + channel] = inputs[(tentative ? 0 : count) + j][tid];
 }
 
 bool few_fit(DeltaShape s) noexcept {
   return (s.key_dim == 64 || s.key_dim == 128) && s.value_dim % few_columns == 0 && s.conv_kernel == few_taps;
 }
 
-template <int N>
+template <bool decodes, int N>
 void launch_few(const Device& device, const FewRows& p, const DeltaBatch<N>& batch, int segments, int key_dim) {
-  const dim3 grid(static_cast<unsigned>(p.value_heads * (p.value_dim / few_columns)), static_cast<unsigned>(segments));
-  launch(device, key_dim == 128 ? few_rows<128, N> : few_rows<64, N>, grid, few_threads<N>, 0, p, batch);
+  const dim3 grid(static_cast<unsigned>(p.key_heads * segments), static_cast<unsigned>(p.value_heads / p.key_heads),
+                  static_cast<unsigned>(p.value_dim / few_columns));
+  if (key_dim == 128)
+    launch(device, few_rows<128, N, decodes>, grid, few_threads<128>, 0, p, batch);
+  else
+    launch(device, few_rows<64, N, decodes>, grid, few_threads<64>, 0, p, batch);
 }
 
 // ---- Any shape
@@ -240,8 +258,8 @@ struct AnyRows {
 // A warp owns a row of the transposed state of a head, in shared memory, and takes token after token.
 __global__ void __launch_bounds__(any_threads) any_delta_rule(const AnyRows p, const DeltaRows d) {
   extern __shared__ float shared[];
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int head = static_cast<int>(blockIdx.y), v = static_cast<int>(blockIdx.x) * any_rows + warp;
   if (v >= p.value_dim) return;
@@ -262,9 +280,9 @@ __global__ void __launch_bounds__(any_threads) any_delta_rule(const AnyRows p, c
       kk = __fmaf_rn(key, key, kk), qq = __fmaf_rn(query, query, qq);
     }
     sk = warp_sum(sk), sq = warp_sum(sq), kq = warp_sum(kq), kk = warp_sum(kk), qq = warp_sum(qq);
-    const float rk = rsqrtf(__fadd_rn(kk, 1e-6f));
-    const float rq = rsqrtf(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(Dk)));
-    const float decay = expf(g), known = __fmul_rn(__fmul_rn(decay, rk), sk);
+    const float rk = quick_rsqrt(__fadd_rn(kk, 1e-6f));
+    const float rq = quick_rsqrt(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(Dk)));
+    const float decay = quick_exp(g), known = __fmul_rn(__fmul_rn(decay, rk), sk);
     const float delta = __fmul_rn(__fmul_rn(beta, __fsub_rn(x[v_channel], known)), rk);
     for (int i = lane; i < Dk; i += 32) S[i] = __fmaf_rn(delta, k[i], __fmul_rn(decay, S[i]));
     return __fmul_rn(rq, __fmaf_rn(delta, kq, __fmul_rn(decay, sq)));
@@ -327,8 +345,8 @@ __device__ inline void keep_inputs(const ConvRows& p, const DeltaRows& d, int ch
 }
 
 __global__ void __launch_bounds__(conv_threads) any_conv(const ConvRows p, const DeltaRows d) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int channel = static_cast<int>(blockIdx.x) * conv_threads + static_cast<int>(threadIdx.x);
   if (channel >= p.channels) return;
   const int begin = static_cast<int>(blockIdx.y) * conv_rows, end = min(begin + conv_rows, d.count);
@@ -336,15 +354,15 @@ __global__ void __launch_bounds__(conv_threads) any_conv(const ConvRows p, const
     float sum = 0;
     for (int j = 0; j < p.K; ++j)
       sum = __fmaf_rn(p.taps[channel * p.K + j], conv_input(p, d, t - (p.K - 1) + j, channel), sum);
-    p.out[(d.begin + t) * p.out_stride + channel] = silu(sum);
+    p.out[(d.begin + t) * p.out_stride + channel] = conv_silu(sum);
   }
   if (blockIdx.y + 1 == gridDim.y) keep_inputs(p, d, channel);
 }
 
 // K = 4, four channels a thread.
 __global__ void __launch_bounds__(conv_threads) wide_conv(const ConvRows p, const DeltaRows d) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int channel = 4 * (static_cast<int>(blockIdx.x) * conv_threads + static_cast<int>(threadIdx.x));
   if (channel >= p.channels) return;
   const int begin = static_cast<int>(blockIdx.y) * conv_rows, rows = min(conv_rows, d.count - begin);
@@ -364,7 +382,7 @@ __global__ void __launch_bounds__(conv_threads) wide_conv(const ConvRows p, cons
     before[j] = in[j];
   }
   const auto one = [](float4 tap, float x0, float x1, float x2, float x3) {
-    return silu(__fmaf_rn(tap.w, x3, __fmaf_rn(tap.z, x2, __fmaf_rn(tap.y, x1, __fmaf_rn(tap.x, x0, 0.0f)))));
+    return conv_silu(__fmaf_rn(tap.w, x3, __fmaf_rn(tap.z, x2, __fmaf_rn(tap.y, x1, __fmaf_rn(tap.x, x0, 0.0f)))));
   };
 #pragma unroll 4
   for (int t = 0; t < rows; ++t) {
@@ -390,14 +408,14 @@ struct GateRows {
 };
 
 __global__ void __launch_bounds__(256) gates_of_rows(const GateRows p) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (i >= static_cast<std::int64_t>(p.rows) * p.heads) return;
   const std::ptrdiff_t t = i / p.heads;
   const int head = static_cast<int>(i % p.heads);
-  p.beta[t * p.beta_stride + head] = sigmoid(p.b[t * p.b_stride + head]);
-  p.g[t * p.g_stride + head] = __fmul_rn(p.A[head], softplus(__fadd_rn(p.a[t * p.a_stride + head], p.dt_bias[head])));
+  p.beta[t * p.beta_stride + head] = gate_beta(p.b[t * p.b_stride + head]);
+  p.g[t * p.g_stride + head] = gate_g(__fadd_rn(p.a[t * p.a_stride + head], p.dt_bias[head]), p.A[head]);
 }
 
 // ---- Host
@@ -451,11 +469,14 @@ void few_segments(const Device& device, const FewRows& p, DeltaShape shape, std:
   for (std::size_t i = 0; i < rows.size(); i += batch_segments) {
     const auto part = rows.subspan(i, std::min<std::size_t>(batch_segments, rows.size() - i));
     if (part.size() == 1) {
-      launch_few(device, p, DeltaBatch<1>{part[0]}, 1, shape.key_dim);
+      const DeltaRows& d = part[0];
+      const bool decodes =
+          d.count == 1 && d.pending == 0 && !d.next_journal && d.next_window && p.taps && !p.wait_first;
+      (decodes ? launch_few<true, 1> : launch_few<false, 1>)(device, p, {d}, 1, shape.key_dim);
     } else {
       DeltaBatch<batch_segments> batch{};
       std::copy(part.begin(), part.end(), batch.rows);
-      launch_few(device, p, batch, static_cast<int>(part.size()), shape.key_dim);
+      launch_few<false>(device, p, batch, static_cast<int>(part.size()), shape.key_dim);
     }
   }
 }
