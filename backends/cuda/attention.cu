@@ -77,8 +77,8 @@ constexpr int prepare_warps = 4;
 // A warp for each head of q, k and v of a row.
 __global__ void prepare_kernel(__grid_constant__ const PrepareWork w) {
   extern __shared__ float shared[];
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, D = w.head_dim;
   const int item = static_cast<int>(blockIdx.y) * prepare_warps + warp;
   if (item >= w.heads + 2 * w.layout.kv_heads) return;
@@ -95,9 +95,10 @@ __global__ void prepare_kernel(__grid_constant__ const PrepareWork w) {
   std::byte* const cached = is_query ? nullptr : w.layout.key_row(s.table, s.first + t, plane);
 
   if (w.eight_a_lane) {
-    float values[8];
+    float values[8], weight[8];
     load_eight(values, x, lane);
-    prepare_eight(values, lane, norm, w.prepare.eps, angles, w.prepare.pairs);
+    load_norm(weight, norm, lane);
+    prepare_eight(values, lane, weight, norm, w.prepare.eps, angles, w.prepare.pairs);
     reinterpret_cast<uint4*>(is_query ? reinterpret_cast<std::byte*>(q_half) : cached)[lane] = eight_halves(values);
     return;
   }
@@ -147,8 +148,8 @@ template <class CacheRow>
 __global__ void __launch_bounds__(plain_threads) attend_plain_kernel(__grid_constant__ const PlainWork w) {
   extern __shared__ float shared[];
   __shared__ float scores[plain_threads];
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, D = w.head_dim;
   const int head = static_cast<int>(blockIdx.y), kv_head = head / w.group, unit = static_cast<int>(blockIdx.z);
   const SplitSpans& p = w.partials.split;
@@ -222,51 +223,44 @@ constexpr int combine_warps = 8;
 // the warps' sums are added in order.
 __global__ void __launch_bounds__(32 * combine_warps) combine_kernel(__grid_constant__ const CombineWork w) {
   __shared__ float outs[combine_warps][32], sums[combine_warps];
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int head = static_cast<int>(blockIdx.y), d = static_cast<int>(blockIdx.z) * 32 + lane, D = w.head_dim;
+  let_successor_start();
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, D = w.head_dim;
+  const int head = static_cast<int>(blockIdx.y), d = min(static_cast<int>(blockIdx.z) * 32 + lane, D - 1);
   const SplitSpans& p = w.partials.split;
   const auto [span, t] = span_row(p.spans, static_cast<int>(blockIdx.x));
-  const KvSpan s = p.spans.span[span];
-  const int unit_positions = p.unit_leaves * leaf_positions;
-  const int units = (s.first + t) / unit_positions + 1;  // that the row sees
-  const std::size_t rows = static_cast<std::size_t>(w.partials.rows), stride = rows * D;
-  const std::size_t first =
-      static_cast<std::size_t>(p.first_unit[span] + head / w.group * p.units_of_head(span)) * rows + t * w.group +
-      head % w.group;
+  const KvSpan& s = p.spans.span[span];
+  const bool leaves = p.unit_leaves == 1;
+  const int units = (s.first + t) / (leaves ? leaf_positions : group_leaves * leaf_positions) + 1;  // that the row sees
+  int first_unit = p.first_unit[span], of_group = head;
+  for (; of_group >= w.group; of_group -= w.group) first_unit += p.units_of_head(span);
+  const int rows = w.partials.rows;
+  const std::size_t first = static_cast<std::size_t>(first_unit) * rows + t * w.group + of_group;
   const float2* const max_sum = w.partials.max_sum + first;
-  const float* const partial = w.partials.out + first * D + min(d, D - 1);
-  const int column = head * D + min(d, D - 1);
-  const float gate = w.out.gate.data ? w.out.gate.row(s.begin + t)[column] : 0;  // written two kernels ago
-  wait_for_predecessor();
-  let_successor_start();
-
+  const float* const partial = w.partials.out + first * D + d;
+  const int column = head * D + d;
   // 32 units at a time: of a warp four groups, or one group's leaves.
   constexpr int batch = 4;
   static_assert(batch == group_leaves);
-  const bool leaves = p.unit_leaves == 1;
   const int first_of_warp = leaves ? warp * group_leaves : warp, step = leaves ? 1 : combine_warps;
-  float value[batch];
-  float2 m[batch];
-  const auto load = [&](int base) {
+  wait_for_predecessor();
+
+  const float gate = w.out.gate.data ? w.out.gate.row(s.begin + t)[column] : 0;
+  float most = -INFINITY, out = 0, sum = 0;
+#pragma unroll 1
+  for (int u = first_of_warp; u - first_of_warp < units; u += batch * combine_warps) {
+    float value[batch];
+    float2 m[batch];
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      const auto u = static_cast<std::size_t>(min(base + first_of_warp + i * step, units - 1));
-      value[i] = partial[u * stride], m[i] = max_sum[u * rows];
+      const int unit = min(u + i * step, units - 1);
+      value[i] = partial[static_cast<std::ptrdiff_t>(unit * rows) * D], m[i] = max_sum[unit * rows];
     }
-  };
-  load(0);
-  float most = -INFINITY;
-  for (int u = lane; u < units; u += 32) most = fmaxf(most, max_sum[static_cast<std::size_t>(u) * rows].x);
-  for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, offset));
-
-  float out = 0, sum = 0;
-  const auto add_group = [&](float of_group, float2 max_and_sum) {
-    const float factor = exp2_fast(max_and_sum.x - most);
-    out = __fmaf_rn(of_group, factor, out), sum = __fmaf_rn(max_and_sum.y, factor, sum);
-  };
-  for (int base = 0; base < units; base += batch * combine_warps) {
-    if (base > 0) load(base);
-    const int u = base + first_of_warp;
+    if (u == first_of_warp) {  // while these are on their way
+#pragma unroll 1
+      for (int i = lane; i < units; i += 32) most = fmaxf(most, max_sum[i * rows].x);
+#pragma unroll 1
+      for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, offset));
+    }
     if (leaves) {
 #pragma unroll
       for (int i = 1; i < batch; ++i) {
@@ -275,20 +269,22 @@ __global__ void __launch_bounds__(32 * combine_warps) combine_kernel(__grid_cons
         value[0] = merge(value[0], value[i], f);
         m[0] = {f.max, merge(m[0].y, m[i].y, f)};
       }
-      if (u < units) add_group(value[0], m[0]);
-    } else {
+    }
 #pragma unroll
-      for (int i = 0; i < batch; ++i)
-        if (u + i * step < units) add_group(value[i], m[i]);
+    for (int i = 0; i < batch; ++i) {
+      if (u + i * step >= units || (leaves && i > 0)) break;
+      const float factor = exp2_fast(m[i].x - most);
+      out = __fmaf_rn(value[i], factor, out), sum = __fmaf_rn(m[i].y, factor, sum);
     }
   }
   outs[warp][lane] = out;
   if (lane == 0) sums[warp] = sum;
   __syncthreads();
-  if (warp != 0 || d >= D) return;
+  if (warp != 0 || static_cast<int>(blockIdx.z) * 32 + lane >= D) return;
 #pragma unroll
   for (int i = 1; i < combine_warps; ++i) out += outs[i][lane], sum += sums[i];
-  const float result = w.out.gate.data ? out / sum * sigmoid(gate) : out / sum;
+  if (w.out.gate.data) sum *= 1 + exp2_fast(-log2_e * gate);  // / sum * sigmoid(gate)
+  const float result = __fdividef(out, sum);
   w.out.heads.row(s.begin + t)[column] = result;
   w.out.half[(s.begin + t) * w.out.heads.stride + column] = half_bits(result);
 }
@@ -302,8 +298,8 @@ struct Frequencies {
 
 __global__ void rope_angles_kernel(__grid_constant__ const KvSpans spans, Rows angles, int pairs, int begin, int count,
                                    __grid_constant__ const Frequencies frequencies, float scale) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const auto [span, t] = span_row(spans, static_cast<int>(blockIdx.x));
   const int i = static_cast<int>(threadIdx.x);
   if (i >= count) return;
@@ -315,8 +311,8 @@ __global__ void rope_angles_kernel(__grid_constant__ const KvSpans spans, Rows a
 }
 
 __global__ void rope_kernel(Rows x, Rows angles, int pairs, int heads, int head_dim) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int at = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x), row = static_cast<int>(blockIdx.x);
   if (at >= heads * pairs) return;
   const int i = at % pairs;

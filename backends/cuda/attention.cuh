@@ -87,8 +87,8 @@ struct SplitSpans {
   int unit_leaves;                 // 1 or group_leaves
 
   __host__ __device__ int units_of_head(int span) const {
-    const int positions = spans.span[span].first + spans.span[span].count, unit = unit_leaves * leaf_positions;
-    return (positions + unit - 1) / unit;
+    const int leaves = (spans.span[span].first + spans.span[span].count + leaf_positions - 1) / leaf_positions;
+    return unit_leaves == 1 ? leaves : (leaves + group_leaves - 1) / group_leaves;  // no division on the card
   }
 };
 // Their partial results: of unit u, row t of its span and head h of its KV head's group, out [u][t * group + h][D], and
@@ -171,12 +171,16 @@ __device__ inline void load_eight(float (&x)[8], const float* row, int lane) {
                b = reinterpret_cast<const float4*>(row)[2 * lane + 1];
   x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
 }
+// Saturating.
 __device__ inline uint4 eight_halves(const float (&x)[8]) {
-  constexpr float most = 65504;
-  float y[8];
+  const __half2 most = __half2half2(__ushort_as_half(0x7bff));
+  std::uint32_t y[4];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) y[i] = fminf(fmaxf(x[i], -most), most);
-  return {half_pair(y[0], y[1]), half_pair(y[2], y[3]), half_pair(y[4], y[5]), half_pair(y[6], y[7])};
+  for (int i = 0; i < 4; ++i) {
+    const __half2 pair = __hmin2(__hmax2(__floats2half2_rn(x[2 * i], x[2 * i + 1]), __hneg2(most)), most);
+    y[i] = *reinterpret_cast<const std::uint32_t*>(&pair);
+  }
+  return {y[0], y[1], y[2], y[3]};
 }
 
 // Of a q8_0 row, which lies at an even address: chunk [8 chunk, 8 chunk + 8).
@@ -232,37 +236,40 @@ struct EightOfQ8 {
   }
 };
 
-// x = rope(rms_norm(x)); `norm` null: no norm; `angles` null: no rotation; pairs a multiple of 8.  All is loaded before
-// the first sum: it costs the way through memory once.
-__device__ inline void prepare_eight(float (&x)[8], int lane, const float* norm, float eps, const float* angles,
-                                     int pairs) {
-  float weight[8], cos[8], sin[8];
+// The weights of a norm; ones if there is none.
+__device__ inline void load_norm(float (&weight)[8], const float* norm, int lane) {
+  if (norm) return load_eight(weight, norm, lane);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) weight[i] = 1;
+}
+// x = rope(rms_norm(x)) by the weights of load_norm(); without the norm unless `normed`; `angles` null: no rotation;
+// pairs a multiple of 8.  All is loaded before the first sum: it costs the way through memory once.
+__device__ inline void prepare_eight(float (&x)[8], int lane, const float (&weight)[8], bool normed, float eps,
+                                     const float* angles, int pairs) {
+  float cos[8], sin[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) cos[i] = 1, sin[i] = 0;
   const int lanes = pairs / 8;
-  const bool first = angles && lane < lanes, second = angles && !first && lane < 2 * lanes;
-  const int partner = first ? lane + lanes : second ? lane - lanes : lane;
-  if (norm) {
-    load_eight(weight, norm, lane);
-  } else {
+  const bool first = lane < lanes, turned = angles && lane < 2 * lanes;
+  const int pair = first ? lane : lane - lanes, partner = first ? lane + lanes : turned ? pair : lane;
+  if (turned) load_eight(cos, angles, pair), load_eight(sin, angles + pairs, pair);
+  float scale = 1;
+  if (normed) {
+    float squares = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) weight[i] = 1;
+    for (int i = 0; i < 8; ++i) squares = __fmaf_rn(x[i], x[i], squares);
+#pragma unroll 1
+    for (int offset = 16; offset > 0; offset /= 2)
+      squares = __fadd_rn(squares, __shfl_xor_sync(0xffffffff, squares, offset));
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(scale) : "f"(__fmaf_rn(squares, 1.0f / fast_head_dim, eps)));
   }
-  if (first || second) {
-    load_eight(cos, angles, min(lane, partner));
-    load_eight(sin, angles + pairs, min(lane, partner));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) cos[i] = 1, sin[i] = 0;
-  }
-  float squares = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) squares = __fmaf_rn(x[i], x[i], squares);
-  const float scale = norm ? 1 / sqrtf(warp_sum(squares) / fast_head_dim + eps) : 1;
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], scale), weight[i]);
+  if (!angles) return;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float other = __shfl_sync(0xffffffff, x[i], partner);
-    x[i] = __fmaf_rn(x[i], cos[i], __fmul_rn(other, first ? -sin[i] : sin[i]));
+    x[i] = __fmaf_rn(x[i], cos[i], __fmul_rn(first ? -other : other, sin[i]));
   }
 }
 
