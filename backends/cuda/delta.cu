@@ -125,20 +125,24 @@ __global__ void __launch_bounds__(few_threads<Dk>, 4)
     taps.x = p.A[head], taps.y = p.dt_bias[head];
   }
 
-  // First what is pending, then the rows of this pass.
+  // First what is pending, then the rows of this pass.  Who decodes rehearses instead, on whatever there is, and keeps
+  // nothing of it: then the code has come through memory when what it waits for is there.
 #pragma unroll 1
-  for (bool now = pending == 0;; now = true) {
-    const int rows = now ? count : pending;
+  for (bool now = !decodes && pending == 0;; now = true) {
+    const int rows = now || decodes ? count : pending;
     if (now && !wait_first) wait_for_predecessor();
     if (has_channel) {
-      const float* from = now ? p.x + d.begin * p.x_stride + channel : Journal::outputs(d.journal, 0, C) + channel;
+      const float* from = (now       ? p.x + d.begin * p.x_stride
+                           : decodes ? d.window
+                                     : Journal::outputs(d.journal, 0, C)) +
+                          channel;
       const std::ptrdiff_t stride = now ? p.x_stride : C;
-      float* const to = (now ? inputs[window] : outputs[0]) + tid;
+      float* const to = (now || decodes ? inputs[window] : outputs[0]) + tid;
 #pragma unroll 1
       for (int row = 0; row < rows; ++row, from += stride) copy_async<4>(to + row * width, from);
       await_own_copies();
 #pragma unroll 1
-      for (int row = 0; now && row < rows; ++row) {
+      for (int row = 0; (now || decodes) && row < rows; ++row) {
         const float* const x = inputs[row] + tid;
         const float last = x[window * width];
         float y = last;
@@ -155,8 +159,11 @@ __global__ void __launch_bounds__(few_threads<Dk>, 4)
       }
     } else if (const int row = tid - width; row < rows) {
       float beta, g;
-      if (now) {
-        beta = p.b[(d.begin + row) * p.b_stride + head], g = p.a[(d.begin + row) * p.a_stride + head];
+      if (now || decodes) {
+        const auto input = [&](const float* of, std::ptrdiff_t stride) {
+          return (now ? of + (d.begin + row) * stride : p.A)[head];
+        };
+        beta = input(p.b, p.b_stride), g = input(p.a, p.a_stride);
         if (convolve) beta = gate_beta(beta), g = gate_g(__fadd_rn(g, taps.y), taps.x);
         if (tentative && first_of_head) {
           Journal::beta(d.next_journal, row, C, p.value_heads)[head] = beta;
@@ -216,7 +223,7 @@ __global__ void __launch_bounds__(few_threads<Dk>, 4)
           const float4 k = *reinterpret_cast<const float4*>(query + Dk + i);
           float4 s = state;
           update(s.x, k.x), update(s.y, k.y), update(s.z, k.z), update(s.w, k.w);
-          state = s;
+          if (now || !decodes) state = s;
           if (keep) *reinterpret_cast<float4*>(S_own + i) = s;
         }
       }
