@@ -71,9 +71,10 @@ struct Shares {
 //
 // A single row comes to code that the caches have lost (its weights went through them), and each 128 bytes of it cost
 // their way through memory: loops over more than a token's work stay loops.  `one_leaf`: a block has a unit of one
-// leaf; the same in fewer instructions.
+// leaf; the same in fewer instructions.  It rehearses, on numbers that mean nothing and leave no trace: then the code
+// has come through memory when what it waits for is there.
 template <int tokens, bool q8_0, bool one_leaf>
-__global__ void __launch_bounds__(threads, 1)
+__global__ void __launch_bounds__(threads, one_leaf ? 3 : 1)
     attend_few_kernel(__grid_constant__ const FewWork w, int most_stages, Shares shares) {
   const int stages = one_leaf ? 1 : most_stages;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -139,14 +140,16 @@ __global__ void __launch_bounds__(threads, 1)
     if (step > 0) __syncthreads();  // the leaf before, and the queries, are read
 #pragma unroll 1
     for (; left > 0; --left, stage_ahead = stage_ahead + 1 == stages ? 0 : stage_ahead + 1) start_leaf(stage_ahead);
-    left = 1;  // for the next step
-    if (step == 0 && w.early) wait_for_predecessor();
+    left = one_leaf ? 0 : 1;  // for the next step
+    const bool now = !one_leaf || step > 0;
+    if (step == (one_leaf ? 1 : 0) && w.early) wait_for_predecessor();
+    const auto* const anything = reinterpret_cast<const float*>(block);
     unsigned char* const cached = shared + stage * stage_bytes<q8_0>;
     unsigned char* const keys = q8_0 ? f16_leaf : cached;
     unsigned char* const values = keys + tile_bytes;
 
     {
-      const bool queries_due = first_of_unit && (!queries_ready || here.of_head == 0);
+      const bool queries_due = one_leaf || (first_of_unit && (!queries_ready || here.of_head == 0));
       queries_ready = queries_ready || queries_due;
       const int first_row = is_query ? 0 : max(begin - s.first, 0);
       const int end_row = is_query ? (queries_due ? tokens : 0) : min(begin + L - s.first, s.count);
@@ -155,14 +158,16 @@ __global__ void __launch_bounds__(threads, 1)
       float x[tokens][8];
 #pragma unroll
       for (int t = 0; t < tokens; ++t)
-        if (is_due(t)) load_eight(x[t], sources.row(s.begin + min(t, s.count - 1)) + column, lane);
+        if (is_due(t)) load_eight(x[t], now ? sources.row(s.begin + min(t, s.count - 1)) + column : anything, lane);
 #pragma unroll
       for (int t = 0; t < tokens; ++t) {
         if (!is_due(t)) continue;
         if (tokens > 1) load_norm(norm_weight, norm, lane);
         if (!is_value)
           prepare_eight(x[t], lane, norm_weight, norm, w.prepare.eps,
-                        w.prepare.angles.data ? w.prepare.angles.row(s.begin + min(t, s.count - 1)) : nullptr,
+                        !w.prepare.angles.data ? nullptr
+                        : now                  ? w.prepare.angles.row(s.begin + min(t, s.count - 1))
+                                               : anything,
                         w.prepare.pairs);
         const int position = s.first + t;
         constexpr int row_bytes = q8_0 ? q8_0_row_bytes : D * 2;
@@ -171,7 +176,7 @@ __global__ void __launch_bounds__(threads, 1)
                               position % kv_block * row_bytes;
         if (q8_0 && !is_query) {
           const EightOfQ8 eight(x[t]);
-          eight.store(to, lane);
+          if (now) eight.store(to, lane);
           eight.store(reinterpret_cast<std::byte*>(cached + (is_value ? L * q8_0_row_bytes : 0) +
                                                    (position - begin) * q8_0_row_bytes),
                       lane);
@@ -179,7 +184,7 @@ __global__ void __launch_bounds__(threads, 1)
           const uint4 halves = eight_halves(x[t]);
           unsigned char* const tile = is_query ? queries : is_value ? values : keys;
           *reinterpret_cast<uint4*>(tile + tile_offset(is_query ? t * G + warp : position - begin, lane)) = halves;
-          if (!is_query) reinterpret_cast<uint4*>(to)[lane] = halves;
+          if (now && !is_query) reinterpret_cast<uint4*>(to)[lane] = halves;
         }
       }
     }
@@ -309,7 +314,7 @@ __global__ void __launch_bounds__(threads, 1)
         }
       }
 
-      if (last_of_unit) {
+      if (now && last_of_unit) {
         const int unit_begin = here.begin * L;
 #pragma unroll
         for (int t = 0; t < tokens; ++t) {
@@ -325,8 +330,11 @@ __global__ void __launch_bounds__(threads, 1)
         }
       }
     }
-    if (one_leaf) break;
-    here.next(p, end_unit);
+    if (!one_leaf) {
+      here.next(p, end_unit);
+    } else if (now) {
+      break;
+    }
   }
   await_copies<0>();
 }
