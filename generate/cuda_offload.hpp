@@ -231,6 +231,7 @@ class PlacedExperts final : public cuda::CardExperts {
   void link_took(double seconds, double bytes) override {
     const std::lock_guard lock(mutex_);
     rates_.link_took(seconds, bytes);
+    statistics_.bytes_read += static_cast<std::uint64_t>(bytes);
     statistics_.read_seconds += seconds;
   }
 

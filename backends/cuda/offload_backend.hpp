@@ -50,10 +50,23 @@ class SuppliedWaves final : public ExpertWaves {
       begun_ = false;
       return nullptr;
     }
-    return transit_.bring(nullptr, layer_.matrices, batch_);
+    const std::byte* const* const slots = transit_.bring(nullptr, layer_.matrices, batch_);
+    const Clock::time_point now = Clock::now();
+    if (first_sent_ == Clock::time_point())
+      first_sent_ = now;
+    else
+      followed_ += batch_.size(), seconds_ = now - first_sent_;
+    return slots;
   }
 
+  // How many came behind the first wave, and how long they took to send.  Until the first is sent the card may be busy
+  // with whatever was launched before; from then on staging memory is full, and it empties as fast as experts arrive.
+  double followed() const noexcept { return static_cast<double>(followed_); }
+  double seconds() const noexcept { return seconds_.count(); }
+
  private:
+  using Clock = std::chrono::steady_clock;
+
   // As many as come before the supply wants some back, and fit.
   void gather() {
     batch_.clear();
@@ -81,6 +94,9 @@ class SuppliedWaves final : public ExpertWaves {
   std::span<const std::int32_t> arrived_;
   std::vector<Transit::Expert> batch_;
   bool begun_ = false;
+  Clock::time_point first_sent_;
+  std::size_t followed_ = 0;
+  std::chrono::duration<double> seconds_{};
 };
 
 }  // namespace cuda
@@ -259,11 +275,8 @@ class OffloadCudaBackend : public CudaBackend {
     for (const std::int32_t id : missing_) picks_.push_back({id, rows});
     Supply supply(*this, layer);
     cuda::SuppliedWaves waves(*card_, layer, *supply, picks_, rows);
-    const auto start = std::chrono::steady_clock::now();
     f(waves);
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    if (!missing_.empty())
-      card_->link_took(seconds.count(), static_cast<double>(missing_.size()) * card_->bytes_of_one(layer));
+    if (waves.followed() > 0) card_->link_took(waves.seconds(), waves.followed() * card_->bytes_of_one(layer));
   }
 
   // Where the missing experts of a layer come from.

@@ -32,18 +32,20 @@ class OffloadRates {
   explicit OffloadRates(double bytes_per_second) : link_(1 / bytes_per_second) {}
 
   // The processor took so long for experts of so many bytes, and products (an expert's bytes for each of its rows).
+  // It reads and multiplies at the same time: neither is slower than this, and whichever it waited for is as slow.
   void processor_took(double seconds, double bytes, double products) noexcept {
     seconds = std::max(0.0, seconds - processor_start);
-    // One row each: reading is all.  Many rows: what goes beyond it is arithmetic.
-    if (products < 1.5 * bytes)
-      follow(read_, seconds / bytes);
-    else
-      follow(multiply_, std::max(0.0, seconds - bytes * read_) / (products - bytes));
+    const double read = seconds / bytes, multiply = seconds / products;
+    const bool one_row_each = products < 1.5 * bytes;  // reading is all
+    const bool more_than_reading = !one_row_each && read > 1.5 * read_;
+    if (one_row_each || read < read_) follow(read_, read);
+    if (more_than_reading || multiply < multiply_) follow(multiply_, multiply);
   }
   void link_took(double seconds, double bytes) noexcept { follow(link_, seconds / bytes); }
 
   double on_processor(MissedExperts m, double expert_bytes) const noexcept {
-    return processor_start + expert_bytes * (m.experts * read_ + std::max(0.0, m.picks - m.experts) * multiply_);
+    // Reading for one row includes its products.
+    return processor_start + expert_bytes * std::max(m.experts * read_, m.picks * std::min(read_, multiply_));
   }
   double over_link(double experts, double expert_bytes) const noexcept { return experts * expert_bytes * link_; }
 
