@@ -236,6 +236,7 @@ class CudaBackend {
 
  protected:
   bool gathering() const noexcept { return record_->gathering(); }
+  void gather_whole() { record_->begin(cuda::LaunchRecord::whole); }
 
   // Many rows: x += the experts picked, of those on the card or that come in `waves`, and the shared one.
   void add_routed(Tensor x, Tensor h, const Routing& routing, const cuda::CudaExperts& experts,
@@ -258,7 +259,7 @@ class CudaBackend {
  private:
   // What the stream is to do next must come after what was gathered.
   void start_gathered() {
-    if (record_->gathering()) record_->end(), record_->begin();
+    if (record_->gathering()) record_->start_gathered();
   }
 
   static std::span<const cuda::Product> one(const cuda::Product& p) noexcept { return {&p, 1}; }

@@ -116,7 +116,7 @@ DeviceBytes DeviceBytes::copy() const {
 
 void DeviceScratch::grow(std::size_t bytes) {
   if (LaunchRecord* record = device_->record(); record && record->gathering())
-    record->end(), record->begin();  // what was gathered uses the memory that goes
+    record->start_gathered();  // it uses the memory that goes
   bytes_ = DeviceBytes();
   bytes_ = DeviceBytes(device_, bytes, "scratch memory of a session");
 }

@@ -50,12 +50,17 @@ LaunchRecord::~LaunchRecord() {
   for (Graph& graph : graphs_) destroy(graph);
 }
 
-void LaunchRecord::begin() {
+void LaunchRecord::begin(std::size_t first_piece) {
   launches_.clear();
+  piece_ = first_piece;
   gathering_ = true;
 }
 
 void LaunchRecord::add(const void* kernel, const LaunchShape& shape) {
+  if (launches_.launches.size() == piece_) {
+    start_gathered();
+    piece_ *= 2;
+  }
   launches_.launches.push_back({kernel, shape, launches_.parameters.size(), 0});
 }
 
@@ -69,8 +74,13 @@ void LaunchRecord::add_parameter(const void* value, std::size_t size, std::size_
 
 void LaunchRecord::end() {
   gathering_ = false;
+  start_gathered();
+}
+
+void LaunchRecord::start_gathered() {
   if (launches_.launches.empty()) return;
   CUgraphExec_st* const exec = graph().exec;
+  launches_.clear();
   const std::lock_guard lock(device_->order().mutex);
   check(cudaGraphLaunch(exec, device_->stream()), "starting a pass");
   device_->order().behind_graph = true;

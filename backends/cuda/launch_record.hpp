@@ -1,11 +1,13 @@
 #pragma once
-// The launches of a pass, gathered and then handed to the card as one CUDA graph: starting some 300 kernels one by one
-// takes the processor longer than a token takes the card.
+// The launches of a pass, gathered and handed to the card as CUDA graphs: in those, a kernel follows the one before
+// sooner than in a stream.  Mostly the first is short, and each is twice as long as the one before: the card computes
+// one while the next is gathered.
 //
 // A graph is used again when a pass gathers the same kernels in the same order; nodes whose sizes or parameters differ
 // in a byte are changed before.  So there is no second description of a pass that could disagree with the first.
 
 #include <cstddef>
+#include <cstdint>
 #include <list>
 #include <memory>
 #include <utility>
@@ -31,10 +33,14 @@ class LaunchRecord {
   ~LaunchRecord();
   LaunchRecord(const LaunchRecord&) = delete;
 
-  // From begin() to end() launches are gathered, and only then started.  Copies and other work of the stream are not:
-  // they come before all of them.
-  void begin();
+  // Launches of the first graph.
+  static constexpr std::size_t short_piece = 12, whole = SIZE_MAX;
+
+  // From begin() to end() launches are gathered, and started later, in their order.  Copies and other work of the
+  // stream are not: they come before those that were not started yet.
+  void begin(std::size_t first_piece = short_piece);
   void end();
+  void start_gathered();    // what there is so far, and goes on
   void give_up() noexcept;  // instead of end(): forgets them
   bool gathering() const noexcept { return gathering_; }
 
@@ -62,8 +68,8 @@ class LaunchRecord {
     std::vector<CUgraphNode_st*> nodes;
     CUgraphExec_st* exec = nullptr;
   };
-  // Some passes take turns (DeltaNet's windows do): each has a graph that hardly needs to be changed.
-  static constexpr std::size_t most_graphs = 16, few_changes = 40;
+  // Some passes take turns (DeltaNet's windows do): each has graphs that hardly need to be changed.
+  static constexpr std::size_t most_graphs = 64, few_changes = 16;
 
   Graph& graph();
   void make(Graph& graph);
@@ -72,6 +78,7 @@ class LaunchRecord {
 
   std::shared_ptr<Device> device_;
   bool gathering_ = false;
+  std::size_t piece_ = 0;  // launches of the next graph
   Launches launches_;
   std::list<Graph> graphs_;                    // the last used first
   std::vector<std::size_t> changes_, fewest_;  // launches that differ from a graph's

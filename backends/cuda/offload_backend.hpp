@@ -146,6 +146,8 @@ class OffloadCudaBackend : public CudaBackend {
     });
   }
 
+  // As a whole: what waits for the processor must not be under way before it is handed over.
+  bool begin_pass() { return gather_whole(), true; }
   void end_pass() {
     CudaBackend::end_pass();
     hand_over();
