@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(threads, 2) prepare_chunks(const ChunkRows p, 
   const std::size_t item =
       static_cast<std::size_t>(blockIdx.y) * static_cast<std::size_t>(p.value_heads) + static_cast<std::size_t>(head);
   const float* v = p.qkv + begin * p.qkv_stride + 2 * p.key_heads * Dk + head * p.value_dim;
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
 
   for (int line = tid; line < chunk * p.value_dim / 32; line += threads) {  // v is needed at the end
     const int row = line / (p.value_dim / 32);
@@ -382,8 +382,8 @@ __global__ void __launch_bounds__(threads, 1) scan_chunks(const ScanRows p, cons
   const int column = static_cast<int>(blockIdx.x) % groups * scan_columns;
   const bool makes_V = warp < 4;
   const int m = warp % 4, chunks = (p.rows + chunk - 1) / chunk;
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
 
   uint4 left[steps], left_P[4];
   uint2 right_K[tiles][4];

@@ -12,8 +12,8 @@ constexpr int block_threads = 256;
 // f(row, column) for every value.
 template <class F>
 __global__ void __launch_bounds__(block_threads) each_value(int cols, F f) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int c = static_cast<int>(blockIdx.x) * block_threads + static_cast<int>(threadIdx.x);
   if (c < cols) f(static_cast<std::ptrdiff_t>(blockIdx.y), c);
 }
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(block_threads)
   const std::ptrdiff_t begin = row * x.stride + static_cast<std::ptrdiff_t>(blockIdx.y) * size;
   const std::ptrdiff_t to = row * out.stride + static_cast<std::ptrdiff_t>(blockIdx.y) * size;
   const std::ptrdiff_t z_begin = row * z.stride + static_cast<std::ptrdiff_t>(blockIdx.y) * size;
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   float squares = 0;
   for (int i = static_cast<int>(threadIdx.x); i < size; i += static_cast<int>(blockDim.x)) {
     const float value = x.data[begin + i];

@@ -61,8 +61,8 @@ struct SlotEntries {
 
 __global__ void write_slots_kernel(const std::byte** table, const std::byte* const* base, int experts,
                                    SlotEntries entries, const std::byte* absent) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   for (int e = thread(); e < experts; e += static_cast<int>(blockDim.x)) table[e] = base ? base[e] : absent;
   __syncthreads();
   for (int i = thread(); i < entries.count; i += static_cast<int>(blockDim.x))
@@ -70,8 +70,8 @@ __global__ void write_slots_kernel(const std::byte** table, const std::byte* con
 }
 
 __global__ void count_picks_kernel(const std::int32_t* ids, int picks, std::int32_t* counts) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int i = static_cast<int>(blockIdx.x * blockDim.x) + thread();
   if (i < picks) atomicAdd(counts + ids[i], 1);
 }
@@ -99,8 +99,8 @@ struct RowsThere {
 
 // A block a row.
 __global__ void send_rows(RowsThere to, CudaTensor x, Routing routing, const std::byte* const* table) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const auto row = static_cast<std::ptrdiff_t>(blockIdx.x);
   const auto* from = reinterpret_cast<const __half2*>(x.half + row * x.stride);
   auto* there = reinterpret_cast<float4*>(to.x + row * to.stride);
@@ -120,8 +120,8 @@ __global__ void send_rows(RowsThere to, CudaTensor x, Routing routing, const std
 
 // A block a row.  What comes next may start, and load its weights, while this one waits.
 __global__ void add_sums(CudaTensor x, const float* sums, std::ptrdiff_t stride, std::uint32_t* answered) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const auto row = static_cast<std::ptrdiff_t>(blockIdx.x);
   __shared__ std::uint32_t answer;
   if (thread() == 0) {

@@ -18,8 +18,8 @@ constexpr int threads = 256;
 __global__ void __launch_bounds__(threads)
     add_up(CudaTensor out, const float* __restrict__ parts, std::ptrdiff_t part_stride, Routing routing,
            const std::byte* const* present, CudaTensor shared, CudaTensor shared_gate, bool add) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const auto t = static_cast<std::ptrdiff_t>(blockIdx.x);
   const int c = (static_cast<int>(blockIdx.y) * threads + static_cast<int>(threadIdx.x)) * 4;
   if (c >= out.n_cols) return;
@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(threads)
 __global__ void __launch_bounds__(threads)
     swiglu_picks(std::uint16_t* hidden, const float* __restrict__ gates, const float* __restrict__ ups, int width,
                  std::ptrdiff_t stride) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const auto pick = static_cast<std::ptrdiff_t>(blockIdx.x);
   for (int c = static_cast<int>(threadIdx.x); c < stride; c += threads) {
     const std::ptrdiff_t i = pick * stride + c;

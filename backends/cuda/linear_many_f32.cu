@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(threads, 1) f32_product(const Arguments p) {
 
   typename S::Sums sums{};
   float cross[J][4] = {};
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   load_rows(0);
   store_rows(0);
   for (int stage = 0; stage < stages; ++stage) {

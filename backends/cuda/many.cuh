@@ -271,7 +271,6 @@ __device__ __forceinline__ void multiply_tiles(const Reader (&weights)[Shape::ti
       if (split < strips) weights[r].load(ahead[p][r], split, p, lane);
   }
   wait_for_predecessor();
-  let_successor_start();
 #pragma unroll
   for (int s = 0; s < Shape::stages - 1; ++s) x.start(s, s);
 

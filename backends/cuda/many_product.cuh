@@ -21,6 +21,7 @@ __device__ inline std::uint32_t transpose_halves(std::uint32_t pair) {
 // Warps of a block: `groups` of weight rows x `splits` of columns.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks) many_product(const ManyProduct p) {
+  let_successor_start();
   constexpr int R = Shape::tiles, J = Shape::rows / 8;
   extern __shared__ uint4 staged[];
   __shared__ std::uint32_t from[Shape::rows];  // rows of x, in chunks of eight
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) many_product(co
   int expert = 0, count;
   if (p.tiles) {
     wait_for_predecessor();
-    if (static_cast<int>(blockIdx.y) >= *p.n_tiles) return let_successor_start();
+    if (static_cast<int>(blockIdx.y) >= *p.n_tiles) return;
     const PickTile tile = p.tiles[blockIdx.y];
     expert = tile.expert, count = tile.count;
     for (int i = static_cast<int>(threadIdx.x); i < count; i += Shape::threads) {
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) many_product(co
   const int first_tile = ((static_cast<int>(blockIdx.x) - part.first_block) * groups + group) * (p.hidden ? 1 : R);
   const int n_tiles = part.w.row_tiles();
   const std::byte* const slot = p.slots_of_experts ? p.slots_of_experts[expert] : nullptr;
-  if (p.slots_of_experts && !slot) return let_successor_start();  // not on the card, or not in this wave
+  if (p.slots_of_experts && !slot) return;  // not on the card, or not in this wave
   __syncthreads();
 
   const StagedRows<Shape> x{staged, p.x, from, count, {(part.w.cols + tile_cols - 1) / tile_cols, p.log_splits}};

@@ -114,8 +114,8 @@ __global__ void repack_f32_kernel(RawRows raw, float* to, int cols) {
 
 template <DType type>
 __global__ void expand_rows_kernel(CudaTensor out, const std::int32_t* ids, Matrix m) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int i = static_cast<int>(blockIdx.y), id = ids[i];
   const int col = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (col >= m.cols) return;

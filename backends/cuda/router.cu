@@ -36,8 +36,8 @@ constexpr int no_expert = 0x7fffffff;
 template <int V>
 __global__ void __launch_bounds__(32 * rows_per_block) route_rows(Routing routing, CudaTensor logits, bool normalise) {
   const int row = static_cast<int>(blockIdx.x) * rows_per_block + thread() / 32, lane = thread() % 32;
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   if (row >= routing.rows) return;
   const float* const in = logits.data + row * logits.stride;
   const int E = logits.n_cols;
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(32 * rows_per_block) route_rows(Routing routin
 __global__ void __launch_bounds__(32 * rows_per_block)
     route_long_rows(Routing routing, CudaTensor logits, bool normalise) {
   const int row = static_cast<int>(blockIdx.x) * rows_per_block + thread() / 32, lane = thread() % 32;
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   if (row >= routing.rows) return;
   const float* const in = logits.data + row * logits.stride;
   const int E = logits.n_cols, k = routing.k;
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(sort_threads)
   extern __shared__ std::int32_t count[];  // [experts]
   for (int e = thread(); e < experts; e += sort_threads) count[e] = 0;
   __syncthreads();
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int begin = static_cast<int>(blockIdx.x) * chunk_picks;
   for (int i = begin + thread(); i < min(begin + chunk_picks, n); i += sort_threads) atomicAdd(&count[ids[i]], 1);
   __syncthreads();
@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(sort_threads)
   const int lane = thread() % 32, warp = thread() / 32, chunk = static_cast<int>(blockIdx.x);
   for (int i = thread(); i < sort_warps * experts; i += sort_threads) seen[i] = 0;
   __syncthreads();
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
 
   int id[steps], rank[steps];
   std::uint16_t* const mine = seen + warp * experts;
