@@ -8,116 +8,115 @@
 namespace qwen3next::cuda {
 namespace {
 
-// --- the router, in every thread block for itself, a warp a row ------------------------------------------------------
+// --- the router, in every thread block for itself --------------------------------------------------------------------
 
-struct RankedExpert {
-  float p;
+struct Candidate {
+  std::uint32_t key;  // ordered as the logits are
   int id;
-  __device__ __forceinline__ bool before(float other, int other_id) const {
-    return (p > other) | ((p == other) & (id < other_id));
+  __device__ __forceinline__ bool before(Candidate other) const {
+    return (key > other.key) | ((key == other.key) & (id < other.id));
   }
 };
+struct RoutingScratch {
+  static constexpr int chunks = 32, candidates = 64;
+  std::uint32_t largest[chunks];  // of 32 experts each
+  Candidate found[candidates];
+  Candidate best[max_few_slots];
+  int count;
+};
 
-// The place of p among those of all lanes; of equal ones the lower lane's is first.
-__device__ __forceinline__ int rank_among_lanes(float p, int lane) {
-  int rank = 0;
-#pragma unroll
-  for (int j = 0; j < 32; ++j) {
-    const float other = __shfl_sync(0xffffffff, p, j);
-    rank += static_cast<int>((other > p) | ((other == p) & (j < lane)));
-  }
-  return rank;
+__device__ __forceinline__ std::uint32_t key_of(float logit) {
+  const std::uint32_t bits = __float_as_uint(logit);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float logit_of(std::uint32_t key) {
+  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// The best of those that come after `last`: for many experts, or many of equal probability.
-__device__ __noinline__ RankedExpert next_expert(const float* logits, int experts, float most, RankedExpert last,
-                                                 int lane) {
-  RankedExpert best{-1, experts};
-  for (int i = lane; i < experts; i += 32) {
-    const float p = expf(logits[i] - most);
-    if (last.before(p, i) && !best.before(p, i)) best = {p, i};
-  }
-  for (int step = 16; step > 0; step /= 2) {
-    const float p = __shfl_xor_sync(0xffffffff, best.p, step);
-    const int id = __shfl_xor_sync(0xffffffff, best.id, step);
-    if (!best.before(p, id)) best = {p, id};
-  }
-  return best;
-}
-
-__device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, step));
-  return v;
-}
-
-// ids, weights [k] = the k <= 16 largest of softmax(logits), by one warp.  Up to 512 experts lie in registers; those
-// that are not below the k-th largest of the lanes' maxima are few, and ranked.  `found`: [32] in shared memory.
-__device__ __forceinline__ void route_row(const float* logits, int experts, int k, bool normalise, RankedExpert* found,
-                                          int* ids, float* weights, int lane) {
-  constexpr int held = 16;
-  float p[held], most = -INFINITY, sum = 0;
-#pragma unroll
-  for (int i = 0; i < held; ++i) {
-    p[i] = i * 32 + lane < experts ? logits[i * 32 + lane] : -INFINITY;
-    most = fmaxf(most, p[i]);
-  }
-  for (int i = 32 * held + lane; i < experts; i += 32) most = fmaxf(most, logits[i]);
-  most = warp_max(most);
-  float highest = -1;  // of this lane
-#pragma unroll
-  for (int i = 0; i < held; ++i) {
-    p[i] = expf(p[i] - most);  // 0 where there is no expert
-    sum += p[i];
-    if (i * 32 + lane >= experts) p[i] = -1;
-    highest = fmaxf(highest, p[i]);
-  }
-  for (int i = 32 * held + lane; i < experts; i += 32) sum += expf(logits[i] - most);
-  sum = warp_sum(sum);
-  RankedExpert mine{-1, lane};
-  if (!(sum <= 3.4e38f)) {  // not all are numbers: no order, but an order
-    sum = 1;
-  } else {
-    int count = 33;
-    if (experts <= 32 * held) {
-      const int rank = rank_among_lanes(highest, lane);
-      const unsigned at_k = __ballot_sync(0xffffffff, rank == k - 1);
-      const float threshold = __shfl_sync(0xffffffff, highest, __ffs(static_cast<int>(at_k)) - 1);
-      count = 0;
-#pragma unroll
-      for (int i = 0; i < held; ++i) {
-        const bool candidate = p[i] >= threshold && p[i] >= 0;
-        const unsigned lanes = __ballot_sync(0xffffffff, candidate);
-        const int at = count + __popc(lanes & ((1u << lane) - 1));
-        if (candidate && at < 32) found[at] = {p[i], i * 32 + lane};
-        count += __popc(lanes);
-      }
-      __syncwarp();
+// One after the other, by one warp: where many logits are equal.
+__device__ __noinline__ void find_best_one_by_one(const float* logits, int experts, int k, bool numbers,
+                                                  RoutingScratch& scratch, int lane) {
+  Candidate last{0xffffffffu, -1};
+#pragma unroll 1
+  for (int slot = 0; slot < k; ++slot) {
+    Candidate best{0, experts};
+#pragma unroll 1
+    for (int id = lane; id < experts; id += 32) {
+      const Candidate c{numbers ? key_of(logits[id]) : 0, id};
+      if (last.before(c) && c.before(best)) best = c;
     }
-    if (count <= 32) {
-      const RankedExpert candidate = lane < count ? found[lane] : RankedExpert{-1, 0};  // in the order of ids
-      const int rank = rank_among_lanes(candidate.p, lane);
-      __syncwarp();
-      found[rank] = candidate;
-      __syncwarp();
-      mine = found[lane];
-    } else {
-      RankedExpert last{INFINITY, -1};
-      for (int i = 0; i < k; ++i) {
-        last = next_expert(logits, experts, most, last, lane);
-        if (lane == i) mine = last;
-      }
+#pragma unroll 1
+    for (int step = 16; step > 0; step /= 2) {
+      const Candidate other{__shfl_xor_sync(0xffffffff, best.key, step), __shfl_xor_sync(0xffffffff, best.id, step)};
+      if (other.before(best)) best = other;
+    }
+    if (lane == 0) scratch.best[slot] = best;
+    last = best;
+  }
+}
+
+// ids, weights [k] = the k <= 16 largest of softmax(logits), by all threads.  What is at least the k-th largest of the
+// largest of every 32 experts may be among them: these are few, and ranked.
+__device__ __forceinline__ void route_row(const float* logits, int experts, int k, bool normalise,
+                                          RoutingScratch& scratch, int* ids, float* weights) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int warps = static_cast<int>(blockDim.x) / 32, chunks = (experts + 31) / 32;
+  const auto key = [&](int id) { return id < experts ? key_of(__ldcg(logits + id)) : 0u; };
+  bool numbers = true;
+#pragma unroll 1
+  for (int chunk = warp; chunk < chunks; chunk += warps) {
+    const int id = chunk * 32 + lane;
+    if (id < experts) numbers &= __ldcg(logits + id) < INFINITY;
+    const std::uint32_t largest = __reduce_max_sync(0xffffffff, key(id));
+    if (lane == 0 && chunk < RoutingScratch::chunks) scratch.largest[chunk] = largest;
+  }
+  if (thread == 0) scratch.count = 0;
+  numbers = __syncthreads_and(numbers);
+  std::uint32_t threshold = 0;
+  if (const int seen = min(chunks, RoutingScratch::chunks); seen >= k) {
+    const std::uint32_t mine = lane < seen ? scratch.largest[lane] : 0;
+    int rank = 0;
+#pragma unroll 4
+    for (int i = 0; i < seen; ++i) {
+      const std::uint32_t other = scratch.largest[i];
+      rank += static_cast<int>((other > mine) | ((other == mine) & (i < lane)));
+    }
+    threshold = __reduce_max_sync(0xffffffff, rank == k - 1 ? mine : 0u);
+  }
+#pragma unroll 1
+  for (int chunk = warp; chunk < chunks; chunk += warps) {
+    const int id = chunk * 32 + lane;
+    const std::uint32_t mine = key(id);
+    if (id < experts && mine >= threshold) {
+      const int at = atomicAdd(&scratch.count, 1);
+      if (at < RoutingScratch::candidates) scratch.found[at] = {mine, id};
     }
   }
-  const float weight = mine.p / sum;
-  float total = 0;
-#pragma unroll
-  for (int i = 0; i < max_few_slots; ++i) {
-    const float other = __shfl_sync(0xffffffff, weight, i);
-    if (i < k) total += other;
+  __syncthreads();
+  const int count = scratch.count;
+  if (count > RoutingScratch::candidates || !numbers) {
+    if (warp == 0) find_best_one_by_one(logits, experts, k, numbers, scratch, lane);
+  } else if (thread < count) {
+    const Candidate mine = scratch.found[thread];
+    int rank = 0;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) rank += static_cast<int>(scratch.found[i].before(mine));
+    if (rank < k) scratch.best[rank] = mine;
   }
-  if (lane < k) ids[lane] = mine.id, weights[lane] = normalise ? weight / total : weight;
-  __syncwarp();
+  __syncthreads();
+  if (warp > 0) return;
+  const float most = logit_of(scratch.best[0].key);
+  numbers &= most > -INFINITY;
+  const Candidate mine = scratch.best[min(lane, k - 1)];
+  const float e = lane >= k ? 0.0f : numbers ? expf(logit_of(mine.key) - most) : -1.0f;
+  float total = warp_sum(e);
+  if (!normalise) {
+    total = 0;
+#pragma unroll 1
+    for (int id = lane; id < experts; id += 32) total += expf(logits[id] - most);
+    total = numbers ? warp_sum(total) : 1.0f;
+  }
+  if (lane < k) ids[lane] = mine.id, weights[lane] = e / total;
 }
 
 // --- gate and up ---------------------------------------------------------------------------------------------------
@@ -142,15 +141,16 @@ struct UpWork {
   ExpertMatrices experts;
   CudaTensor x, logits;
   Routing routing;
+  Shares pairs;  // of units
   bool normalise, single;
-  int slot_bytes, depth, split, rounds, rows_at, sums_at, half_floats;
+  int slot_bytes, depth, log2_split, rounds, rows_at, sums_at, half_floats;
 };
 
 struct UpSections {
   const UpWork& work;
   const std::byte* const* slots;  // of the picks
   const int* ids;
-  int begin, end, count;
+  int begin, end, count, rows;
 
   __device__ __forceinline__ DType type(int i) const { return work.sections[i].type; }
   __device__ __forceinline__ int strip_bytes(int i) const { return work.sections[i].strip_bytes; }
@@ -160,7 +160,7 @@ struct UpSections {
   __device__ __forceinline__ int last(int i) const {
     return min(end - work.sections[i].before, work.sections[i].units);
   }
-  __device__ __forceinline__ int columns(int i) const { return work.sections[i].shared ? work.x.n_rows : 1; }
+  __device__ __forceinline__ int columns(int i) const { return work.sections[i].shared ? rows : 1; }
   __device__ __forceinline__ bool paired(int i) const { return work.sections[i].paired; }
   __device__ __forceinline__ Unit unit(int section, int unit) const {
     const UpSection& s = work.sections[section];
@@ -171,7 +171,11 @@ struct UpSections {
     const std::size_t at =
         static_cast<std::size_t>(i) * static_cast<std::size_t>(s.strip_bytes * work.experts.gate.strips());
     if (s.shared) return {(up ? s.up : s.gate) + at, -1};
-    return {slots[pick] + (up ? s.up_at : s.gate_at) + at, pick / work.routing.k};
+    const auto* const from = reinterpret_cast<const std::byte*>((up ? s.up_at : s.gate_at) + at);
+    return {from, rows == 1 ? 0 : pick / work.routing.k, pick};
+  }
+  __device__ __forceinline__ const std::byte* address(const std::byte* from, int pick) const {
+    return pick < 0 ? from : slots[pick] + reinterpret_cast<std::uintptr_t>(from);
   }
   __device__ __forceinline__ void done(int section, int unit, int row, int n, float sum, float second) const {
     const UpSection& s = work.sections[section];
@@ -194,62 +198,63 @@ struct UpSections {
   }
 };
 
-template <bool all_types>
+template <unsigned types, bool one_row>
 __global__ void __launch_bounds__(512, 2) experts_up_kernel(const __grid_constant__ UpWork work) {
   extern __shared__ uint4 shared_memory[];
   __shared__ int ids[few_rows * max_few_slots];
   __shared__ float weights[few_rows * max_few_slots];
   __shared__ const std::byte* slots[few_rows * max_few_slots];
   __shared__ std::uint64_t barriers[16 * most_depth];
-  __shared__ RankedExpert found[few_rows][32];
+  __shared__ RoutingScratch scratch;
   auto* memory = reinterpret_cast<std::byte*>(shared_memory);
   const int strips = work.experts.gate.strips(), warps = static_cast<int>(blockDim.x) / 32, k = work.routing.k;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const SharedRows rows(memory + work.rows_at, work.x.n_rows, strips, work.single);
-  FewBlock block{rows, reinterpret_cast<float*>(memory + work.sums_at), work.half_floats, work.split, work.rounds};
-  const auto share = [&](unsigned b) {  // whole pairs
-    return static_cast<int>(static_cast<std::int64_t>(work.units / 2) * b / gridDim.x) * 2;
-  };
-  const UpSections sections{work, slots, ids, share(blockIdx.x), share(blockIdx.x + 1), work.count};
-  const int picks = rows.rows * k;
-
-  for (int i = thread * 16; i < work.experts.count; i += threads * 16) prefetch(work.experts.slots + i);
-  wait_for_predecessor();
-  let_successor_start();
-  if (work.logits.data) {
-    // The rows that this block's picks belong to; who has a row's first unit writes its routing.
-    int first = rows.rows, last = -1;
-    for (int i = 0; i < work.count; ++i) {
-      const UpSection& s = work.sections[i];
-      const int from = sections.first(i), to = sections.last(i);
-      if (s.shared || from >= to) continue;
-      first = min(first, from / s.per_pick / k), last = max(last, (to - 1) / s.per_pick / k);
-    }
-    const int lane = thread % 32;
-    for (int n = first + thread / 32; n <= last; n += warps) {
-      route_row(work.logits.data + n * work.logits.stride, work.experts.count, k, work.normalise, found[n], ids + n * k,
-                weights + n * k, lane);
-      const int row_begin = n * k * work.sections[0].per_pick;
-      if (row_begin >= sections.begin && row_begin < sections.end && lane < k) {
-        work.routing.ids[n * k + lane] = ids[n * k + lane];
-        work.routing.weights[n * k + lane] = weights[n * k + lane];
-      }
-    }
-    __syncthreads();
-    for (int i = first * k + thread; i < (last + 1) * k; i += threads) slots[i] = work.experts.slots[ids[i]];
-  } else {
-    for (int i = thread; i < picks; i += threads) {
-      ids[i] = work.routing.ids[i], slots[i] = work.experts.slots[ids[i]];
-    }
-  }
-  __syncthreads();
-
+  const SharedRows<types> rows(memory + work.rows_at, one_row ? 1 : work.x.n_rows, strips, work.single);
+  FewBlock<types> block{rows, reinterpret_cast<float*>(memory + work.sums_at), work.half_floats, work.log2_split,
+                        work.rounds};
+  const UpSections sections{
+      work, slots, ids, 2 * work.pairs.begin(blockIdx.x), 2 * work.pairs.begin(blockIdx.x + 1), work.count, rows.rows};
   StripRing ring(memory, barriers, work.slot_bytes, work.depth, thread / 32, thread % 32);
   StripCursor cursor(sections, block, thread / 32, warps);
-  ring.fill(cursor, thread % 32);
+  Piece pieces[most_depth];
+  ring.plan(cursor, pieces);
+  for (int i = thread * 16; i < work.experts.count; i += threads * 16) prefetch(work.experts.slots + i);
+  const auto take = [&](int pick) { slots[pick] = work.experts.slots[ids[pick]]; };
+  wait_for_predecessor();
+  let_successor_start();  // experts_down, which reads the logits before it waits: not earlier
+#pragma unroll 1
   for (int n = 0; n < rows.rows; ++n) prepare_plain_row(rows, work.x, n);
+  if (work.logits.data) {
+    // The rows that this block's picks belong to; who has a row's first unit writes its routing.
+    int first = 0, last = 0;
+    if (!one_row) {
+      first = rows.rows, last = -1;
+      for (int i = 0; i < work.count; ++i) {
+        const UpSection& s = work.sections[i];
+        const int from = sections.first(i), to = sections.last(i);
+        if (s.shared || from >= to) continue;
+        first = min(first, from / s.per_pick / k), last = max(last, (to - 1) / s.per_pick / k);
+      }
+    }
+#pragma unroll 1
+    for (int n = first; n <= last; ++n) {
+      route_row(work.logits.data + n * work.logits.stride, work.experts.count, k, work.normalise, scratch, ids + n * k,
+                weights + n * k);
+      if (thread >= k) continue;
+      __syncwarp((1u << k) - 1);  // the warp that wrote them
+      const int at = n * k + thread, row_begin = n * k * work.sections[0].per_pick;
+      take(at);
+      if (row_begin >= sections.begin && row_begin < sections.end) {
+        work.routing.ids[at] = ids[at];
+        work.routing.weights[at] = weights[at];
+      }
+    }
+  } else {
+    for (int i = thread; i < rows.rows * k; i += threads) ids[i] = work.routing.ids[i], take(i);
+  }
   __syncthreads();
-  multiply_sections<all_types>(sections, block, ring, cursor);
+  ring.fill(cursor, pieces, thread % 32);
+  multiply_sections(sections, block, ring, cursor);
 }
 
 // --- SwiGLU and down -----------------------------------------------------------------------------------------------
@@ -276,20 +281,22 @@ constexpr float down_unit = 1 / hidden_scale;
 struct TileCursor {
   const std::byte* at;
   int left, strip_bytes;
-  __device__ __forceinline__ bool next(const std::byte*& from, int& bytes, int& row_bytes) {
+  __device__ __forceinline__ bool next(Piece& piece) {
     if (left == 0) return false;
-    from = at, bytes = strip_bytes, row_bytes = 0;
+    piece = {at, -1, strip_bytes, 0};
     at += strip_bytes, --left;
     return true;
   }
+  __device__ __forceinline__ static const std::byte* address(const Piece& piece) { return piece.from; }
 };
 
 // sums [16] = the tile times row `slot`.
-template <DType type>
-__device__ __forceinline__ void down_tile(StripRing& ring, TileCursor& cursor, int strips, const SharedRows& rows,
-                                          int slot, int lane, float* sums) {
+template <DType type, unsigned types>
+__device__ __forceinline__ void down_tile(StripRing& ring, TileCursor& cursor, int strips,
+                                          const SharedRows<types>& rows, int slot, int lane, float* sums) {
   UnitProduct<type> product;
   product.clear();
+#pragma unroll 1
   for (int s = 0; s < strips; ++s) {
     product.add(ring.take(), rows, s, slot, 1, lane);
     __syncwarp();
@@ -297,12 +304,13 @@ __device__ __forceinline__ void down_tile(StripRing& ring, TileCursor& cursor, i
   }
   product.store(sums, 1, lane);
 }
-template <DType type>
-__device__ __noinline__ void down_tile_apart(StripRing& ring, TileCursor& cursor, int strips, const SharedRows& rows,
-                                             int slot, int lane, float* sums) {
+template <DType type, unsigned types>
+__device__ __noinline__ void down_tile_apart(StripRing& ring, TileCursor& cursor, int strips,
+                                             const SharedRows<types>& rows, int slot, int lane, float* sums) {
   down_tile<type>(ring, cursor, strips, rows, slot, lane, sums);
 }
-__device__ __noinline__ void down_tile_f32(const std::byte* tile, int strips, const SharedRows& rows, int slot,
+template <unsigned types>
+__device__ __noinline__ void down_tile_f32(const std::byte* tile, int strips, const SharedRows<types>& rows, int slot,
                                            int lane, float* sums) {
   const int columns = strips * strip_cols;
   const float* x = rows.single + slot * rows.strips * strip_cols;
@@ -315,29 +323,43 @@ __device__ __noinline__ void down_tile_f32(const std::byte* tile, int strips, co
   }
 }
 
+// SwiGLU's values, or gate's and, from `up_begin` on, up's, as row `slot`.
+template <unsigned types>
+__device__ __noinline__ void prepare_hidden(const SharedRows<types>& rows, int slot, const float* gate, int up_begin,
+                                            int width, int lane) {
+  for (int i = lane; i < rows.strips * strip_cols / 8; i += 32) {
+    float v[8];
+#pragma unroll 1
+    for (int k = 0; k < 8; ++k) {
+      const int c = 8 * i + k;
+      const float value = c < width ? __ldcg(gate + c) : 0.0f;
+      v[k] = (up_begin > 0 && c < width ? silu(value) * __ldcg(gate + up_begin + c) : value) * (1 / down_unit);
+    }
+    rows.store(slot, i, v);
+  }
+}
+
 // Two kernels of this file, or one and a product before or after it, should fit into a multiprocessor together.
 inline constexpr int usual_slots = 11;
 
-template <bool all_types, int most_slots>
+template <unsigned types, int most_slots>
 __global__ void __launch_bounds__(32 * most_slots, most_slots <= usual_slots ? 2 : 1)
     experts_down_kernel(const __grid_constant__ DownWork work) {
   extern __shared__ uint4 shared_memory[];
   __shared__ int ids[max_few_slots];
-  __shared__ float weights[max_few_slots];
+  __shared__ float weights[max_few_slots + 1];  // of the sums, in the end
   __shared__ float sums[max_few_slots + 1][strip_rows];
   __shared__ std::uint64_t barriers[(max_few_slots + 1) * most_depth];
-  __shared__ RankedExpert found[32];
+  __shared__ RoutingScratch scratch;
   auto* memory = reinterpret_cast<std::byte*>(shared_memory);
   const int k = work.routing.k, t = static_cast<int>(blockIdx.y), tile = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, slot = thread / 32;
-  const SharedRows rows(memory + work.rows_at, work.slots, work.strips, work.single);
+  const SharedRows<types> rows(memory + work.rows_at, work.slots, work.strips, work.single);
   const bool shared = slot == k;
 
-  if (work.logits.data) {  // two launches old, so it can be read before waiting
-    if (slot == 0) {
-      route_row(work.logits.data + t * work.logits.stride, work.experts.count, k, work.normalise, found, ids, weights,
-                lane);
-    }
+  let_successor_start();
+  if (work.logits.data) {  // complete, since experts_up had waited for it when it let this kernel start
+    route_row(work.logits.data + t * work.logits.stride, work.experts.count, k, work.normalise, scratch, ids, weights);
     __syncthreads();
   } else {
     wait_for_predecessor();
@@ -356,26 +378,36 @@ __global__ void __launch_bounds__(32 * most_slots, most_slots <= usual_slots ? 2
   StripRing ring(memory, barriers, work.slot_bytes, work.depth, slot, lane);
   TileCursor cursor{from, type == DType::f32 ? 0 : strips, strip_bytes};
   ring.fill(cursor, lane);
-  wait_for_predecessor();
-  let_successor_start();
   const float* gate = shared ? work.shared + t * work.shared_width : work.routed + (t * k + slot) * work.routed_width;
   const int up_begin = shared ? work.shared_up_begin : work.up_begin;
-  for (int i = lane; i < work.strips * strip_cols / 8; i += 32) {
-    float v[8], g[8];
-    load_eight(g, gate, 8 * i, width);
-    if (up_begin > 0) load_eight(v, gate + up_begin, 8 * i, width);
+  wait_for_predecessor();
+  if (thread < k) {
+    const float scale = work.experts.scales ? work.experts.scales[3 * ids[thread] + 2] : 1.0f;
+    weights[thread] *= work.factor * scale;
+  } else if (thread < work.slots) {
+    weights[thread] = sigmoid(work.shared_logit.data[t * work.shared_logit.stride]) * work.shared_factor;
+  }
+  if (up_begin == 0 && width == work.strips * strip_cols) {
+#pragma unroll 2
+    for (int i = lane; i < width / 8; i += 32) {
+      float v[8];
+      load_eight(v, gate + 8 * i);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = (up_begin > 0 ? silu(g[j]) * v[j] : g[j]) * (1 / down_unit);
-    rows.store(slot, i, v);
+      for (float& value : v) value *= 1 / down_unit;
+      rows.store(slot, i, v);
+    }
+  } else {
+    prepare_hidden(rows, slot, gate, up_begin, width, lane);
   }
   __syncwarp();
-  if (type == DType::q4_k) {
+  const auto is = [&](Types one) { return types == one || ((types & one) != 0 && types_of(type) == one); };
+  if (is(q4_k_alone)) {
     down_tile<DType::q4_k>(ring, cursor, strips, rows, slot, lane, sums[slot]);
-  } else if (type == DType::q6_k) {
+  } else if (is(q6_k_alone)) {
     down_tile<DType::q6_k>(ring, cursor, strips, rows, slot, lane, sums[slot]);
-  } else if (type == DType::f32) {
+  } else if (is(f32_alone)) {
     down_tile_f32(from, strips, rows, slot, lane, sums[slot]);
-  } else if constexpr (all_types) {
+  } else if constexpr (types == all_types) {
     with_type(type, [&](auto t) {
       if constexpr (!usual(t.value)) down_tile_apart<t.value>(ring, cursor, strips, rows, slot, lane, sums[slot]);
     });
@@ -384,16 +416,27 @@ __global__ void __launch_bounds__(32 * most_slots, most_slots <= usual_slots ? 2
   const int row = tile * strip_rows + thread;
   if (thread >= strip_rows || row >= work.experts.down.rows) return;
   float mix = 0;
-  for (int i = 0; i < k; ++i) {
-    const float factor = work.experts.scales ? work.factor * work.experts.scales[3 * ids[i] + 2] : work.factor;
-    mix = fmaf(weights[i], sums[i][thread] * factor, mix);
-  }
-  if (work.slots > k) {
-    const float gate = sigmoid(work.shared_logit.data[t * work.shared_logit.stride]);
-    mix = fmaf(gate, sums[k][thread] * work.shared_factor, mix);
-  }
+#pragma unroll 4
+  for (int i = 0; i < work.slots; ++i) mix = fmaf(weights[i], sums[i][thread], mix);
   if (work.out.data) work.out.data[t * work.out.stride + row] = mix;
-  if (work.residual.data) work.residual.data[t * work.residual.stride + row] += mix;
+  if (work.residual.data) add_to_memory(work.residual.data + t * work.residual.stride + row, mix);
+}
+
+// Kernels for Q4_K or Q6_K alone; `types` are those that there are.
+using UpKernel = void (*)(UpWork);
+UpKernel up_kernel(unsigned types, bool one_row) {
+  if ((types & ~usual_types) != 0) return with_shared_memory<experts_up_kernel<all_types, false>>();
+  if (types != q4_k_alone) return with_shared_memory<experts_up_kernel<usual_types, false>>();
+  return one_row ? with_shared_memory<experts_up_kernel<q4_k_alone, true>>()
+                 : with_shared_memory<experts_up_kernel<q4_k_alone, false>>();
+}
+using DownKernel = void (*)(DownWork);
+DownKernel down_kernel(unsigned types, int slots) {
+  if (slots > usual_slots || (types & ~usual_types) != 0)
+    return with_shared_memory<experts_down_kernel<all_types, max_few_slots + 1>>();
+  return types == q4_k_alone   ? with_shared_memory<experts_down_kernel<q4_k_alone, usual_slots>>()
+         : types == q6_k_alone ? with_shared_memory<experts_down_kernel<q6_k_alone, usual_slots>>()
+                               : with_shared_memory<experts_down_kernel<usual_types, usual_slots>>();
 }
 
 float factor_of(const Matrix& m) { return m.scale * (m.type == DType::f32 ? 1.0f : strip_unit(m.type)); }
@@ -405,10 +448,6 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
   const int T = e.x.n_rows, k = e.routing.k;
   assert(T <= few_rows && k <= max_few_slots && m.count <= max_few_experts);
   if (T == 0) return;
-  constexpr int most_slots = max_few_slots + 1;
-  [[maybe_unused]] static const bool asked =
-      prefer_shared_memory(experts_up_kernel<false>, experts_up_kernel<true>, experts_down_kernel<false, usual_slots>,
-                           experts_down_kernel<true, most_slots>);
   const bool with_shared = e.shared_logit.data != nullptr;
   const auto limit = static_cast<int>(device.properties().shared_memory_per_block) - 4096;
 
@@ -418,13 +457,13 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
   up.shared_width = with_shared ? e.shared_gate.rows + e.shared_up.rows : 0;
   up.routed = scratch.get<float>(static_cast<std::size_t>(T * (k * up.routed_width + up.shared_width)));
   up.shared = up.routed + T * k * up.routed_width;
-  bool all_types = false;
+  unsigned types = 0;
   const auto add_section = [&](UpSection s, int matrices) {
     s.strip_bytes = bytes_on_the_way(s.type), s.height = unit_rows(s.type);
     s.per_pick = matrices * ((s.rows + s.height - 1) / s.height);
     s.before = up.units, s.units = (s.shared ? 1 : T * k) * s.per_pick;
     up.units += (s.units + 1) / 2 * 2;  // so that pairs begin at even ones
-    up.single |= s.type == DType::f32, all_types |= !usual(s.type);
+    types |= types_of(s.type);
     up.slot_bytes = std::max(up.slot_bytes, s.strip_bytes);
     up.sections[up.count++] = s;
   };
@@ -443,11 +482,14 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
 
   int warps = 16;
   const int strips = m.gate.strips();
+  up.single = (types & f32_alone) != 0;
+  if (up.single) types |= q4_k_alone;  // no kernel is for f32 alone
   const auto lay_out = [&](int rows) {
-    up.split = split_of(warps, strips), up.rounds = up.units > 4 * device.properties().multiprocessors ? 4 : 2;
-    up.half_floats = FewBlock::sum_bytes(warps, up.rounds, rows) / 8;
-    const int row_bytes = SharedRows::bytes(rows, strips, up.single), rest = row_bytes + 8 * up.half_floats;
-    up.depth = std::clamp((limit / 2 - rest) / (warps * up.slot_bytes), 1, most_depth);
+    up.log2_split = log2_split_of(warps, strips),
+    up.rounds = up.units > 4 * device.properties().multiprocessors ? 4 : 2;
+    up.half_floats = sum_bytes(warps, up.rounds, rows) / 8;
+    const int row_bytes = bytes_of_rows(types, rows, strips), rest = row_bytes + 8 * up.half_floats;
+    up.depth = std::clamp((limit / 8 * 5 - rest) / (warps * up.slot_bytes), 1, most_depth);
     up.rows_at = up.depth * warps * up.slot_bytes;
     up.sums_at = up.rows_at + row_bytes;
     return up.sums_at + 8 * up.half_floats;
@@ -466,8 +508,9 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
     return;
   }
   const int blocks = std::min(up.units / 2, device.properties().multiprocessors);
-  launch(device, all_types ? experts_up_kernel<true> : experts_up_kernel<false>, dim3(static_cast<unsigned>(blocks)),
-         dim3(static_cast<unsigned>(32 * warps)), static_cast<std::size_t>(lay_out(T)), up);
+  up.pairs = Shares(up.units / 2, blocks);
+  launch(device, up_kernel(types, T == 1), dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(32 * warps)),
+         static_cast<std::size_t>(lay_out(T)), up);
 
   DownWork down{};
   down.experts = m, down.out = e.out, down.residual = e.residual, down.logits = e.logits, down.routing = e.routing;
@@ -476,26 +519,25 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
   down.up_begin = m.gate.type == m.up.type ? 0 : m.gate.rows;
   down.normalise = e.normalise, down.strips = m.down.strips(), down.slots = k;
   down.factor = down_unit * factor_of(m.down), down.strip_bytes = strip_layout(m.down.type).bytes;
-  down.single = m.down.type == DType::f32;
-  all_types = !usual(m.down.type);
+  types = types_of(m.down.type);
   if (with_shared) {
     const Matrix& s = e.shared_down;
     down.shared_down = s, down.shared_logit = e.shared_logit,
     down.shared_up_begin = e.shared_gate.type == e.shared_up.type ? 0 : e.shared_gate.rows;
     down.strips = std::max(down.strips, s.strips()), ++down.slots;
     down.shared_factor = down_unit * factor_of(s), down.shared_strip_bytes = strip_layout(s.type).bytes;
-    down.single |= s.type == DType::f32, all_types |= !usual(s.type);
+    types |= types_of(s.type);
   }
+  down.single = (types & f32_alone) != 0;
+  if (down.single) types |= q4_k_alone;
   for (const DType type : {m.down.type, with_shared ? e.shared_down.type : m.down.type}) {
     if (type != DType::f32) down.slot_bytes = std::max(down.slot_bytes, strip_layout(type).bytes);
   }
-  const int row_bytes = SharedRows::bytes(down.slots, down.strips, down.single);
+  const int row_bytes = bytes_of_rows(types, down.slots, down.strips);
   const int slot_bytes = std::max(1, down.slots * down.slot_bytes);
   down.depth = std::clamp((limit - row_bytes) / slot_bytes, 1, std::min(most_depth, down.strips));
   down.rows_at = down.depth * down.slots * down.slot_bytes;
-  launch(device,
-         all_types || down.slots > usual_slots ? experts_down_kernel<true, most_slots>
-                                               : experts_down_kernel<false, usual_slots>,
+  launch(device, down_kernel(types, down.slots),
          dim3(static_cast<unsigned>(m.down.row_tiles()), static_cast<unsigned>(T)),
          dim3(static_cast<unsigned>(32 * down.slots)), static_cast<std::size_t>(down.rows_at + row_bytes), down);
 }

@@ -1,9 +1,13 @@
 #pragma once
 // Products with at most eight rows of activations: what linear_few and experts_few share.
 //
-// The rows lie in shared memory as f16 (and as f32 where a weight is f32).  The units of work are 16 rows of a matrix
-// (4 of an f32 one); a unit's strips are dealt out to `split` warps, whose sums meet in shared memory and are added in
-// their order.  So a row's arithmetic depends on the matrices alone: not on how many rows there are, nor on time.
+// The rows lie in shared memory as f16, or f32 for f32 weights.  The units of work are 16 rows of a matrix (4 of an f32
+// one); a unit's strips are dealt out to `split` warps, whose sums meet in shared memory and are added in their order.
+// So a row's arithmetic depends on the matrices alone: not on how many rows there are, nor on time.
+//
+// Between two uses of a kernel a layer's weights pass through the caches, so its code comes from memory, and fetching
+// it takes longer than running it once.  Hence kernels for one type and one row, and loops that are not unrolled: the
+// code that a decode step runs is to be short.
 
 #include <cuda_fp16.h>
 
@@ -25,35 +29,77 @@ __host__ __device__ inline int units_of(const Matrix& m) {
   return (m.rows + unit_rows(m.type) - 1) / unit_rows(m.type);
 }
 
-// Warps that share a unit: the largest power of two that leaves none idle.
-__host__ __device__ inline int split_of(int warps, int strips) {
-  int split = 1;
-  while (2 * split <= warps && 2 * split <= strips) split *= 2;
-  return split;
+// The types that a kernel is compiled for.
+enum Types : unsigned { q4_k_alone = 1, q6_k_alone = 2, f32_alone = 4, usual_types = 7, all_types = 15 };
+__host__ __device__ constexpr unsigned types_of(DType type) {
+  return type == DType::q4_k ? 1 : type == DType::q6_k ? 2 : type == DType::f32 ? 4 : 8;
+}
+// Those that big models mostly come in.
+__host__ __device__ constexpr bool usual(DType type) { return (types_of(type) & usual_types) != 0; }
+// Warps that share a unit, as a power of two: the largest that leaves none idle.
+inline int log2_split_of(int warps, int strips) {
+  int log2 = 0;
+  while (2 << log2 <= warps && 2 << log2 <= strips) ++log2;
+  return log2;
 }
 
-// For f16; a NaN stays one.
-__device__ __forceinline__ float saturated(float v) { return v > 65504 ? 65504 : v < -65504 ? -65504 : v; }
+// `count` things dealt out to the thread blocks, as evenly as can be.
+struct Shares {
+  int each, rest;  // so many blocks have one more
+
+  Shares() = default;
+  Shares(int count, int blocks) : each(count / blocks), rest(count % blocks) {}
+  __device__ __forceinline__ int begin(unsigned block) const {
+    const auto b = static_cast<int>(block);
+    return b * each + min(b, rest);
+  }
+};
+
+// To f16, beyond its range the largest there is; a NaN stays one.
+__device__ __forceinline__ __half2 to_halves(float a, float b) {
+  const __half2 most = __float2half2_rn(65504);
+  return __hmax2_nan(__hmin2_nan(__floats2half2_rn(a, b), most), __hneg2(most));
+}
+// The same of v, and of what that left.
+__device__ __forceinline__ __half2 in_two_parts(float v) {
+  const float high = __low2float(to_halves(v, 0));
+  return to_halves(high, v - high);
+}
 
 __device__ __forceinline__ float half_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+
+// *at += value, without waiting for what was there; nobody else may add to it meanwhile.
+__device__ __forceinline__ void add_to_memory(float* at, float value) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at), "f"(value) : "memory");
+}
 
 // Asks for the line of memory that `at` lies in.
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// Rows of activations in shared memory.
+__host__ __device__ inline int row_stride(int strips) { return strips * strip_cols + 32; }  // neighbours in other banks
+inline int bytes_of_rows(unsigned types, int rows, int strips) {
+  return rows * ((types != f32_alone ? 2 * row_stride(strips) + 32 * strips : 0) +
+                 ((types & f32_alone) != 0 ? 4 * strips * strip_cols : 0));
+}
+
+// Rows of activations in shared memory, for weights of `types`.
+template <unsigned types>
 struct SharedRows {
+  static constexpr bool with_half = types != f32_alone;
+
   std::uint16_t* half;   // [rows, stride]
   std::uint16_t* upper;  // [rows, 8 strips]: sums of 32 columns, and what rounding them to f16 left
   std::uint16_t* lower;
-  float* single;  // [rows, 256 strips], or null
+  float* single;  // [rows, 256 strips], if there are f32 weights
   int rows, strips;
+  bool with_single;
 
-  __host__ __device__ static int stride(int strips) { return strips * strip_cols + 32; }  // neighbours in other banks
-  __host__ __device__ static int bytes(int rows, int strips, bool single) {
-    return rows * (2 * stride(strips) + 32 * strips + (single ? 4 * strips * strip_cols : 0));
-  }
-  __device__ SharedRows(std::byte* at, int n_rows, int n_strips, bool with_single) : rows(n_rows), strips(n_strips) {
-    single = with_single ? reinterpret_cast<float*>(at) : nullptr;
+  __device__ static int stride(int strips) { return row_stride(strips); }
+  __device__ SharedRows(std::byte* at, int n_rows, int n_strips, bool singles)
+      : single(reinterpret_cast<float*>(at)),
+        rows(n_rows),
+        strips(n_strips),
+        with_single(types == f32_alone || ((types & f32_alone) != 0 && singles)) {
     half = reinterpret_cast<std::uint16_t*>(at + (with_single ? rows * strips * strip_cols * 4 : 0));
     upper = half + rows * stride(strips);
     lower = upper + rows * 8 * strips;
@@ -61,17 +107,19 @@ struct SharedRows {
 
   // Eight columns from 8 i of a row, by all lanes of a warp: neighbours have neighbouring i.
   __device__ __forceinline__ void store(int row, int i, const float (&v)[8]) const {
-    uint4 bits;
-    auto* pair = reinterpret_cast<__half2*>(&bits);
-    float sum = 0;
+    if constexpr (with_half) {
+      uint4 bits;
+      auto* pair = reinterpret_cast<__half2*>(&bits);
+      float sum = 0;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      pair[k] = __floats2half2_rn(saturated(v[2 * k]), saturated(v[2 * k + 1]));
-      const float2 rounded = __half22float2(pair[k]);
-      sum += rounded.x + rounded.y;
+      for (int k = 0; k < 4; ++k) {
+        pair[k] = to_halves(v[2 * k], v[2 * k + 1]);
+        const float2 rounded = __half22float2(pair[k]);
+        sum += rounded.x + rounded.y;
+      }
+      store_bits(row, i, bits, sum);
     }
-    store_bits(row, i, bits, sum);
-    if (single) {
+    if (with_single) {
       auto* to = reinterpret_cast<float4*>(single + row * strips * strip_cols + 8 * i);
       to[0] = make_float4(v[0], v[1], v[2], v[3]), to[1] = make_float4(v[4], v[5], v[6], v[7]);
     }
@@ -81,9 +129,9 @@ struct SharedRows {
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     if (i % 4 == 0) {
-      const __half high = __float2half_rn(saturated(sum));
-      upper[row * 8 * strips + i / 4] = __half_as_ushort(high);
-      lower[row * 8 * strips + i / 4] = __half_as_ushort(__float2half_rn(saturated(sum - __half2float(high))));
+      const __half2 parts = in_two_parts(sum);
+      upper[row * 8 * strips + i / 4] = __half_as_ushort(__low2half(parts));
+      lower[row * 8 * strips + i / 4] = __half_as_ushort(__high2half(parts));
     }
   }
 
@@ -95,42 +143,51 @@ struct SharedRows {
   }
 };
 
+__device__ __forceinline__ float sum_of_halves(const uint4& bits) {
+  const auto* pair = reinterpret_cast<const __half2*>(&bits);
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float2 two = __half22float2(pair[k]);
+    sum += two.x + two.y;
+  }
+  return sum;
+}
+
+__device__ __forceinline__ bool aligned_to_16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
+
+// Eight neighbours, aligned.
+__device__ __forceinline__ void load_eight(float (&v)[8], const float* at) {
+  // Not by way of L1, which does not see what kernels before write after it was filled.
+  const float4 a = __ldcg(reinterpret_cast<const float4*>(at)), b = __ldcg(reinterpret_cast<const float4*>(at) + 1);
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
 // Eight neighbours of a row; those beyond `cols` are 0.
 __device__ __forceinline__ void load_eight(float (&v)[8], const float* row, int begin, int cols) {
-  if (begin + 8 <= cols && reinterpret_cast<std::uintptr_t>(row) % 16 == 0) {
-    const auto* from = reinterpret_cast<const float4*>(row + begin);
-    const float4 a = from[0], b = from[1];
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-    return;
-  }
+  if (begin + 8 <= cols && aligned_to_16(row)) return load_eight(v, row + begin);
 #pragma unroll
   for (int k = 0; k < 8; ++k) v[k] = begin + k < cols ? row[begin + k] : 0.0f;
 }
-// Rows as they are: x.half, or x.data if f32 is wanted too.
-__device__ __forceinline__ void prepare_plain_row(const SharedRows& to, const CudaTensor& x, int n) {
+// A row as it is: x.half, or x.data if f32 is wanted too.
+template <unsigned types>
+__device__ __forceinline__ void prepare_plain_row(const SharedRows<types>& to, const CudaTensor& x, int n) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int chunks = to.strips * strip_cols / 8;
   const std::ptrdiff_t row = n * x.stride;
-  const bool whole = x.n_cols % 8 == 0 && reinterpret_cast<std::uintptr_t>(x.half + row) % 16 == 0;
+  const bool whole = x.n_cols % 8 == 0 && aligned_to_16(x.half + row);
+#pragma unroll 1
   for (int i = thread; i < chunks; i += threads) {
-    if (whole && !to.single) {
+    if (whole && !to.with_single) {
       uint4 bits = make_uint4(0, 0, 0, 0);
-      if (8 * i < x.n_cols) bits = *reinterpret_cast<const uint4*>(x.half + row + 8 * i);
-      float sum = 0;
-      const auto* pair = reinterpret_cast<const __half2*>(&bits);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 two = __half22float2(pair[k]);
-        sum += two.x + two.y;
-      }
-      to.store_bits(n, i, bits, sum);
+      if (8 * i < x.n_cols) bits = __ldcg(reinterpret_cast<const uint4*>(x.half + row + 8 * i));
+      to.store_bits(n, i, bits, sum_of_halves(bits));
       continue;
     }
     float v[8];
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < 8; ++k) {
       const int c = 8 * i + k;
-      v[k] = c >= x.n_cols ? 0.0f : to.single ? x.data[row + c] : half_to_float(x.half[row + c]);
+      v[k] = c >= x.n_cols ? 0.0f : to.with_single ? __ldcg(x.data + row + c) : half_to_float(__ldcg(x.half + row + c));
     }
     to.store(n, i, v);
   }
@@ -138,8 +195,15 @@ __device__ __forceinline__ void prepare_plain_row(const SharedRows& to, const Cu
 
 // 16 rows of a matrix (4 of an f32 one): where they begin, and the row of activations that they are multiplied with.
 struct Unit {
-  const std::byte* data;
-  int row;  // -1: all
+  const std::byte* data;  // from the beginning of what `pick` picked, if that is not -1
+  int row;                // -1: all
+  int pick = -1;
+};
+
+// What is asked for at once: one run of bytes, or of f32 four rows that are `row_bytes` apart.
+struct Piece {
+  const std::byte* from;  // from the beginning of what `pick` picked, if that is not -1
+  int pick, bytes, row_bytes;
 };
 
 // A warp's share of shared memory for weights on their way: strips are asked for `depth` ahead, whatever their type.
@@ -147,6 +211,7 @@ struct Unit {
 // are done; before by cp.async.
 class StripRing {
  public:
+  StripRing(const StripRing&) = delete;
   __device__ StripRing(std::byte* at, std::uint64_t* barriers, int slot_bytes, int depth, int warp, int lane)
       : slots_(address(at) + static_cast<std::uint32_t>(warp * depth * slot_bytes)),
         start_(at + warp * depth * slot_bytes),
@@ -162,38 +227,38 @@ class StripRing {
 
   template <class Cursor>
   __device__ __forceinline__ void fill(Cursor& cursor, int lane) {
+#pragma unroll 1
     for (int i = 0; i < depth_; ++i) ask(cursor, lane);
   }
 
   // Asks for what `cursor` has next; to be called also when there is nothing more.
   template <class Cursor>
   __device__ __forceinline__ void ask(Cursor& cursor, int lane) {
-    const std::byte* from;
-    int bytes, row_bytes;  // of f32 four rows, row_bytes apart; else one piece, and 0
-    const std::uint32_t to = slots_ + static_cast<std::uint32_t>(put_ * slot_bytes_);
-    if (cursor.next(from, bytes, row_bytes)) {
-#if __CUDA_ARCH__ >= 900
-      const std::uint32_t barrier = barriers_ + static_cast<std::uint32_t>(8 * put_);
-      if (lane == 0) {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-        const int piece = row_bytes == 0 ? bytes : bytes / f32_unit_rows;
-#pragma unroll 1
-        for (int done = 0; done < bytes; done += piece, from += row_bytes) copy(to + done, from, piece, barrier);
-      }
-#else
-      if (row_bytes == 0) {
-#pragma unroll 4
-        for (int i = lane * 16; i < bytes; i += 512) copy(to + i, from + i);
-      } else {
+    Piece piece;
+    if (cursor.next(piece))
+      ask(cursor.address(piece), piece, lane);
+    else
+      ask_nothing();
+  }
+  // fill() in two steps, where it is not known yet what was picked.
+  template <class Cursor>
+  __device__ __forceinline__ void plan(Cursor& cursor, Piece (&pieces)[most_depth]) const {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) copy(to + i * 512 + lane * 16, from + i / 2 * row_bytes + i % 2 * 512 + lane * 16);
-      }
-#endif
+    for (int i = 0; i < most_depth; ++i) {
+      pieces[i].bytes = 0;
+      if (i < depth_) cursor.next(pieces[i]);
     }
-#if __CUDA_ARCH__ < 900
-    asm volatile("cp.async.commit_group;");
-#endif
-    put_ = put_ + 1 == depth_ ? 0 : put_ + 1;
+  }
+  template <class Cursor>
+  __device__ __forceinline__ void fill(const Cursor& cursor, const Piece (&pieces)[most_depth], int lane) {
+#pragma unroll
+    for (int i = 0; i < most_depth; ++i) {
+      if (i >= depth_) break;
+      if (pieces[i].bytes > 0)
+        ask(cursor.address(pieces[i]), pieces[i], lane);
+      else
+        ask_nothing();
+    }
   }
 
   // The oldest strip that was asked for, once it is there; all lanes must have read it before the next ask().
@@ -223,12 +288,49 @@ class StripRing {
   __device__ __forceinline__ static std::uint32_t address(const void* p) {
     return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
   }
+  __device__ __forceinline__ void ask(const std::byte* from, const Piece& piece, int lane) {
+    const std::uint32_t to = slots_ + static_cast<std::uint32_t>(put_ * slot_bytes_);
 #if __CUDA_ARCH__ >= 900
+    const std::uint32_t barrier = barriers_ + static_cast<std::uint32_t>(8 * put_);
+    if (lane == 0) {
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(piece.bytes) : "memory");
+      if (piece.row_bytes == 0) {
+        copy(to, from, piece.bytes, barrier);
+      } else {
+        const int row = piece.bytes / f32_unit_rows;
+#pragma unroll 1
+        for (int done = 0; done < piece.bytes; done += row, from += piece.row_bytes) copy(to + done, from, row, barrier);
+      }
+    }
+#else
+    if (piece.row_bytes == 0) {
+#pragma unroll 4
+      for (int i = lane * 16; i < piece.bytes; i += 512) copy(to + i, from + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        copy(to + i * 512 + lane * 16, from + i / 2 * piece.row_bytes + i % 2 * 512 + lane * 16);
+      }
+    }
+#endif
+    ask_nothing();
+  }
+  __device__ __forceinline__ void ask_nothing() {
+#if __CUDA_ARCH__ < 900
+    asm volatile("cp.async.commit_group;");
+#endif
+    put_ = put_ + 1 == depth_ ? 0 : put_ + 1;
+  }
+#if __CUDA_ARCH__ >= 900
+  // Weights are read once a step: they are the first to leave the L2 cache, code and activations stay.
   __device__ __forceinline__ static void copy(std::uint32_t to, const std::byte* from, int bytes,
                                               std::uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
+    asm volatile(
+        "{ .reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once; "
+        "}" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
   }
 #else
   __device__ __forceinline__ static void copy(std::uint32_t to, const std::byte* from) {
@@ -244,50 +346,58 @@ class StripRing {
 
 // What a thread block multiplies.  `Sections` has sections of units of one type:
 //   int count;  DType type(i);  int strip_bytes(i);  int first(i), last(i);  Unit unit(i, unit);
+//   const std::byte* address(from, pick): of a unit's data
 //   int columns(i): rows of activations of a unit;  bool paired(i): units 2 j and 2 j + 1 are finished together;
 //   void done(i, unit, row of the unit, column, sum, sum of the unit after it if they are a pair)
+template <unsigned types>
 struct FewBlock {
-  SharedRows in;
+  SharedRows<types> in;
   float* sums;      // [2][rounds * lanes of units][split][columns][16]
   int half_floats;  // of one of the two
-  int split;        // warps that share a unit
+  int log2_split;   // warps that share a unit
   int rounds;       // units of a warp between two barriers
   int half = 0;
-
-  __host__ __device__ static int sum_bytes(int warps, int rounds, int columns) {
-    return 2 * rounds * warps * columns * 64;
-  }
 };
+__host__ __device__ inline int sum_bytes(int warps, int rounds, int columns) {
+  return 2 * rounds * warps * columns * 64;
+}
 
 // The strips of a warp, section after section.
-template <class Sections>
+template <unsigned types, class Sections>
 class StripCursor {
  public:
-  __device__ StripCursor(const Sections& of, const FewBlock& block, int warp, int warps)
+  __device__ StripCursor(const Sections& of, const FewBlock<types>& block, int warp, int warps)
       : of_(of),
-        first_(warp % block.split),
-        split_(block.split),
-        own_(warp / block.split),
-        lanes_(warps / block.split),
+        first_(warp & ((1 << block.log2_split) - 1)),
+        split_(1 << block.log2_split),
+        own_(warp >> block.log2_split),
+        lanes_(warps >> block.log2_split),
         strips_(block.in.strips) {
     open(0);
   }
-  __device__ __forceinline__ bool next(const std::byte*& from, int& bytes, int& row_bytes) {
+  __device__ __forceinline__ bool next(Piece& piece) {
     while (unit_ >= last_) {
       if (section_ + 1 >= of_.count) return false;
       open(section_ + 1);
     }
-    if (strip_ == first_) data_ = of_.unit(section_, unit_).data;
-    if (type_ == DType::f32) {
-      bytes = 4096, row_bytes = strips_ * strip_cols * 4;
-      from = data_ + strip_ * (strip_cols * 4);
+    if (strip_ == first_) {
+      const Unit unit = of_.unit(section_, unit_);
+      data_ = unit.data, pick_ = unit.pick;
+    }
+    piece.pick = pick_;
+    if (types == f32_alone || ((types & f32_alone) != 0 && type_ == DType::f32)) {
+      piece.bytes = 4096, piece.row_bytes = strips_ * strip_cols * 4;
+      piece.from = data_ + strip_ * (strip_cols * 4);
     } else {
-      bytes = strip_bytes_, row_bytes = 0;
-      from = data_ + strip_ * strip_bytes_;
+      piece.bytes = strip_bytes_, piece.row_bytes = 0;
+      piece.from = data_ + strip_ * strip_bytes_;
     }
     strip_ += split_;
     if (strip_ >= strips_) strip_ = first_, unit_ += lanes_;
     return true;
+  }
+  __device__ __forceinline__ const std::byte* address(const Piece& piece) const {
+    return of_.address(piece.from, piece.pick);
   }
 
  private:
@@ -300,6 +410,7 @@ class StripCursor {
   }
   const Sections& of_;
   const std::byte* data_ = nullptr;
+  int pick_ = -1;
   int first_, split_, own_, lanes_, strips_;
   int section_ = 0, unit_ = 0, last_ = 0, strip_ = 0, strip_bytes_ = 0;
   DType type_ = DType::f32;
@@ -312,18 +423,21 @@ __device__ __forceinline__ void store_sums(float* to, const float (&acc)[4], int
 }
 
 // Adds up the warps' sums of the units [first, first + count) and hands them out; those of a pair together.
-template <int height, class Sections>
-__device__ __forceinline__ void finish_units(const Sections& of, int section, const FewBlock& block, const float* sums,
-                                             int first, int count, int columns) {
+template <int height, unsigned types, class Sections>
+__device__ __forceinline__ void finish_units(const Sections& of, int section, const FewBlock<types>& block,
+                                             const float* sums, int first, int count, int columns) {
   const auto sum_of = [&](int unit, int n, int row) {
-    const float* from = sums + (unit * block.split * columns + n) * 16 + row;
+    const float* from = sums + ((unit << block.log2_split) * columns + n) * 16 + row;
     float sum = 0;
-    for (int k = 0; k < block.split; ++k) sum += from[k * columns * 16];
+#pragma unroll 4
+    for (int k = 0; k < 1 << block.log2_split; ++k) sum += from[k * columns * 16];
     return sum;
   };
   const int step = of.paired(section) ? 2 : 1;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < count / step * columns * height; i += static_cast<int>(blockDim.x)) {
-    const int row = i % height, n = i / height % columns, unit = i / height / columns * step;
+    const int row = i % height, of_row = i / height;
+    const int pair = columns == 1 ? of_row : of_row / columns, n = of_row - pair * columns, unit = pair * step;
     const float sum = sum_of(unit, n, row);
     of.done(section, first + unit, row, n, sum, step == 2 ? sum_of(unit + 1, n, row) : 0.0f);
   }
@@ -338,8 +452,9 @@ struct UnitProduct {
 #pragma unroll
     for (float& a : acc) a = 0;
   }
-  __device__ __forceinline__ void add(const std::byte* slot, const SharedRows& rows, int s, int row, int /*columns*/,
-                                      int lane) {
+  template <unsigned types>
+  __device__ __forceinline__ void add(const std::byte* slot, const SharedRows<types>& rows, int s, int row,
+                                      int /*columns*/, int lane) {
     const int g = lane / 4;
     strip_product<type>(slot, rows.input(row >= 0 ? row : g < rows.rows ? g : 0, s, lane), lane, acc);
   }
@@ -357,9 +472,10 @@ struct SingleProduct {
       for (float& a : acc[i]) a = 0;
     }
   }
-  __device__ __forceinline__ void add(const std::byte* slot, const SharedRows& rows, int s, int of_row, int columns,
-                                      int lane) {
-#pragma unroll
+  template <unsigned types>
+  __device__ __forceinline__ void add(const std::byte* slot, const SharedRows<types>& rows, int s, int of_row,
+                                      int columns, int lane) {
+#pragma unroll 1
     for (int part = 0; part < 2; ++part) {
       float4 w[f32_unit_rows];
 #pragma unroll
@@ -393,26 +509,29 @@ struct SingleProduct {
 };
 
 // The units of one section, by all warps of the block.
-template <class Product, int height, class Sections, class Cursor>
-__device__ __forceinline__ void multiply_section(const Sections& of, int section, FewBlock& block, StripRing& ring,
-                                                 Cursor& cursor) {
+template <class Product, int height, unsigned types, class Sections, class Cursor>
+__device__ __forceinline__ void multiply_section(const Sections& of, int section, FewBlock<types>& block,
+                                                 StripRing& ring, Cursor& cursor) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int lanes = static_cast<int>(blockDim.x) / 32 / block.split;
-  const int k = warp % block.split, own = warp / block.split, strips = block.in.strips;
+  const int split = 1 << block.log2_split, lanes = static_cast<int>(blockDim.x) / 32 >> block.log2_split;
+  const int k = warp & (split - 1), own = warp >> block.log2_split, strips = block.in.strips;
   const int begin = of.first(section), end = of.last(section), batch = block.rounds * lanes;
   const int columns = of.columns(section);
   Product product;
+#pragma unroll 1
   for (int first = begin; first < end; first += batch) {
     float* sums = block.sums + block.half * block.half_floats;
+#pragma unroll 1
     for (int unit = first + own; unit < min(first + batch, end); unit += lanes) {
       const int row = of.unit(section, unit).row;
       product.clear();
-      for (int s = k; s < strips; s += block.split) {
+#pragma unroll 1
+      for (int s = k; s < strips; s += split) {
         product.add(ring.take(), block.in, s, row, columns, lane);
         __syncwarp();
         ring.ask(cursor, lane);
       }
-      product.store(sums + ((unit - first) * block.split + k) * columns * 16, columns, lane);
+      product.store(sums + ((unit - first) * split + k) * columns * 16, columns, lane);
     }
     __syncthreads();
     finish_units<height>(of, section, block, sums, first, min(batch, end - first), columns);
@@ -421,35 +540,31 @@ __device__ __forceinline__ void multiply_section(const Sections& of, int section
 }
 
 // Types that big models rarely come in: a call each, so that they take no registers from the others.
-template <DType type, class Sections, class Cursor>
-__device__ __noinline__ void multiply_section_apart(const Sections& of, int section, FewBlock& block, StripRing& ring,
-                                                    Cursor& cursor) {
+template <DType type, unsigned types, class Sections, class Cursor>
+__device__ __noinline__ void multiply_section_apart(const Sections& of, int section, FewBlock<types>& block,
+                                                    StripRing& ring, Cursor& cursor) {
   multiply_section<UnitProduct<type>, strip_rows>(of, section, block, ring, cursor);
 }
 
-// Whether a kernel for the usual types alone will do.
-__host__ __device__ constexpr bool usual(DType type) {
-  return type == DType::q4_k || type == DType::q6_k || type == DType::f32;
-}
-
-// All sections.  The ring is filled, and the rows are in shared memory.
-template <bool all_types, class Sections, class Cursor>
-__device__ __forceinline__ void multiply_sections(const Sections& of, FewBlock& block, StripRing& ring,
+// All sections, of `types`.  The ring is filled, and the rows are in shared memory.
+template <unsigned types, class Sections, class Cursor>
+__device__ __forceinline__ void multiply_sections(const Sections& of, FewBlock<types>& block, StripRing& ring,
                                                   Cursor& cursor) {
+  const auto is = [](DType type, Types one) { return types == one || ((types & one) != 0 && types_of(type) == one); };
+#pragma unroll 1
   for (int i = 0; i < of.count; ++i) {
     if (of.first(i) >= of.last(i)) continue;
     const DType type = of.type(i);
-    if (type == DType::q4_k) {
+    if (is(type, q4_k_alone)) {
       multiply_section<UnitProduct<DType::q4_k>, strip_rows>(of, i, block, ring, cursor);
-    } else if (type == DType::q6_k) {
+    } else if (is(type, q6_k_alone)) {
       multiply_section<UnitProduct<DType::q6_k>, strip_rows>(of, i, block, ring, cursor);
-    } else if (type == DType::f32) {
-      if (of.columns(i) == 1) {
+    } else if (is(type, f32_alone)) {
+      if (of.columns(i) == 1)
         multiply_section<SingleProduct<1>, f32_unit_rows>(of, i, block, ring, cursor);
-      } else {
+      else
         multiply_section<SingleProduct<few_rows>, f32_unit_rows>(of, i, block, ring, cursor);
-      }
-    } else if constexpr (all_types) {
+    } else if constexpr (types == all_types) {
       with_type(type, [&](auto t) {
         if constexpr (!usual(t.value)) multiply_section_apart<t.value>(of, i, block, ring, cursor);
       });
@@ -457,14 +572,16 @@ __device__ __forceinline__ void multiply_sections(const Sections& of, FewBlock& 
   }
 }
 
-// A multiprocessor stands still while its memory is divided anew between L1 and shared: all of these kernels ask for
-// the same division.
-template <class... Kernels>
-bool prefer_shared_memory(Kernels*... kernels) {
-  (check(cudaFuncSetAttribute(kernels, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-         "asking for shared memory"),
-   ...);
-  return true;
+// The kernel.  A multiprocessor stands still while its memory is divided anew between L1 and shared: all of these
+// kernels ask for the same division.
+template <auto kernel>
+auto with_shared_memory() {
+  [[maybe_unused]] static const bool asked =
+      (check(
+           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+           "asking for shared memory"),
+       true);
+  return kernel;
 }
 
 // Bytes of a strip on its way: of f32 four rows of it.

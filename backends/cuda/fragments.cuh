@@ -2,10 +2,11 @@
 // From strips (strip.hpp) to A fragments of mma.m16n8k16: for one warp, first loads into registers, then arithmetic.
 //
 // Two ways.  levels() and apply_scale() give a tile of 16 x 64 weights as f16, to be used against many rows.
-// strip_product() multiplies a strip of 16 x 256 with at most eight rows in fewer instructions and without rounding: the
-// fragments of K types are products of a code and its sub-scale, whole numbers of at most 12 bits, and what a row of 256
-// shares is applied to the sums.  Codes are cut out of their words as they are: as bits of an f16, q is the subnormal
-// q 2^-24, or, four bits further up, q 2^-20.  Multiplications and tensor cores take subnormals at full speed.
+// strip_product() multiplies a strip of 16 x 256 with at most eight rows in fewer instructions and without rounding:
+// the fragments of K types are products of a code and its sub-scale, whole numbers of at most 12 bits, and what a row
+// of 256 shares is applied to the sums.  Codes are cut out of their words as they are: as bits of an f16, q is the
+// subnormal q 2^-24, or, four bits further up, q 2^-20.  Multiplications and tensor cores take subnormals at full
+// speed.
 //
 // Fragments of a lane = 4 g + t:  MMA m = 2 u + j of a tile has columns 32 u + 8 t + 4 j + {0, 1} in a0 (row g), a1
 // (row g + 8) and b0, and + {2, 3} in a2, a3 and b1;  b is of activation row g;  c0, c1 are of row g and activation
@@ -347,23 +348,28 @@ __device__ __forceinline__ void strip_product(const std::byte* strip, const Stri
   const int g = lane / 4, t = lane % 4;
   if constexpr (multiplied_whole(type)) {
     float even[4] = {}, odd[4] = {};  // of the first and second MMA of each half
-    const auto scales = FromShared::get<uint4>(strip + at.scales + (f.group == 16 ? 2 * g + t / 2 : g) * 16);
-#pragma unroll
-    for (int i = 0; i < strip_tiles; ++i) {
-      const auto codes = FromShared::get<uint4>(strip + i * 512 + lane * 16);
-      std::uint32_t high[2] = {};
-      if constexpr (f.bits == 5) high[0] = FromShared::get<std::uint32_t>(strip + at.high + lane * 16 + i * 4);
-      if constexpr (f.bits == 6) {
-        const auto v = FromShared::get<uint2>(strip + at.high + (i / 2 * 32 + lane) * 16 + i % 2 * 8);
-        high[0] = v.x, high[1] = v.y;
+    const std::byte* const of_group = strip + at.scales + (f.group == 16 ? 2 * g + t / 2 : g) * 16;
+#pragma unroll 1  // the code is to be short, see few.cuh
+    for (int pair = 0; pair < strip_tiles / 2; ++pair) {
+      const auto scales = FromShared::get<uint2>(of_group + pair * 8);
+      uint4 high_words{};
+      if constexpr (f.bits == 5) {
+        const auto v = FromShared::get<uint2>(strip + at.high + lane * 16 + pair * 8);
+        high_words.x = v.x, high_words.z = v.y;
       }
+      if constexpr (f.bits == 6) high_words = FromShared::get<uint4>(strip + at.high + (pair * 32 + lane) * 16);
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        std::uint32_t a[2][4];
-        whole_fragments<type>(codes, high, word(scales, i), u, a);
-        const uint4 b = in.b[8 * i + 4 * u];
-        mma(even, a[0], b.x, b.y);
-        mma(odd, a[1], b.z, b.w);
+      for (int i = 0; i < 2; ++i) {
+        const auto codes = FromShared::get<uint4>(strip + (2 * pair + i) * 512 + lane * 16);
+        const std::uint32_t high[2] = {word(high_words, 2 * i), word(high_words, 2 * i + 1)};
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          std::uint32_t a[2][4];
+          whole_fragments<type>(codes, high, word(scales, i), u, a);
+          const uint4 b = in.b[8 * (2 * pair + i) + 4 * u];
+          mma(even, a[0], b.x, b.y);
+          mma(odd, a[1], b.z, b.w);
+        }
       }
     }
     float sum[4];

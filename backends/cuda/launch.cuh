@@ -3,10 +3,13 @@
 // capability 9.0 and later; elsewhere they follow one another as usual).
 //
 // Every kernel of this folder keeps three rules:
-//   1. it calls wait_for_predecessor() before it reads what an earlier kernel wrote, and before it writes anything;
-//      weights, which no kernel writes, it may read before that: their way through memory is what there is to hide;
-//   2. it calls let_successor_start() after that, as soon as it likes, and in every thread block;
-//   3. so what was written two kernels ago is complete when it starts, and may be read before waiting, too.
+//   1. before wait_for_predecessor() it writes nothing, and reads only what no kernel of the same pass writes: weights,
+//      and what sessions keep from earlier passes.  Their way through memory is what there is to hide;
+//   2. it calls let_successor_start() as soon as it likes, even before it waits: so kernels follow one another as their
+//      blocks find room, each waits for the one before, and each is complete before the one after is;
+//   3. experts_down alone also reads the router's logits before it waits: experts_up, which is always before it, lets
+//   it
+//      start only after having waited for them.
 
 #include <cuda_runtime.h>
 
