@@ -90,6 +90,8 @@ TEST_CASE("the same text on every backend, kind of cache and size of pass") {
 #endif
 }
 
+// On a card the processor computes those that are not there, from int8 activations: tests/cuda/test_offload.cpp.
+#ifndef QWEN3NEXT_TEST_ON_CUDA
 TEST_CASE("the same text with experts that are streamed") {
   const Model small = test::open(tiny, {.threads = 2, .memory = std::uint64_t{64} << 20});
   GenerateOptions o = options(0.7f, 0);
@@ -99,6 +101,7 @@ TEST_CASE("the same text with experts that are streamed") {
     CHECK(generated(small, o, {.context = 512, .batch = 64}).tokens == plain.tokens);
   }
 }
+#endif
 
 TEST_CASE("most first guesses are right on a story") {
   const Generated g = generated(model(), options(0, 3, 400), {.context = 1024});
