@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <span>
@@ -237,6 +238,7 @@ class CudaBackend {
  protected:
   bool gathering() const noexcept { return record_->gathering(); }
   void gather_whole() { record_->begin(cuda::LaunchRecord::whole); }
+  void on_start(std::function<void()> started) { record_->on_start(std::move(started)); }
 
   // Many rows: x += the experts picked, of those on the card or that come in `waves`, and the shared one.
   void add_routed(Tensor x, Tensor h, const Routing& routing, const cuda::CudaExperts& experts,

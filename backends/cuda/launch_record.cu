@@ -81,9 +81,12 @@ void LaunchRecord::start_gathered() {
   if (launches_.launches.empty()) return;
   CUgraphExec_st* const exec = graph().exec;
   launches_.clear();
-  const std::lock_guard lock(device_->order().mutex);
-  check(cudaGraphLaunch(exec, device_->stream()), "starting a pass");
-  device_->order().behind_graph = true;
+  {
+    const std::lock_guard lock(device_->order().mutex);
+    check(cudaGraphLaunch(exec, device_->stream()), "starting a pass");
+    device_->order().behind_graph = true;
+  }
+  if (started_) started_();
 }
 
 void LaunchRecord::give_up() noexcept {
@@ -155,6 +158,7 @@ LaunchRecord::Graph& LaunchRecord::graph() {
     make(graphs_.emplace_front());
     return graphs_.front();
   }
+  best->launches.clear();  // what a failure leaves is no pass
   for (const std::size_t i : fewest_) {
     const Launch& l = launches_.launches[i];
     prepare(l.kernel, l.shape);

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <memory>
 #include <utility>
@@ -43,6 +44,8 @@ class LaunchRecord {
   void start_gathered();    // what there is so far, and goes on
   void give_up() noexcept;  // instead of end(): forgets them
   bool gathering() const noexcept { return gathering_; }
+  // Called whenever gathered launches have been started.
+  void on_start(std::function<void()> started) { started_ = std::move(started); }
 
   void add(const void* kernel, const LaunchShape& shape);
   void add_parameter(const void* value, std::size_t size, std::size_t alignment);  // of the last add()
@@ -69,7 +72,7 @@ class LaunchRecord {
     CUgraphExec_st* exec = nullptr;
   };
   // Some passes take turns (DeltaNet's windows do): each has graphs that hardly need to be changed.
-  static constexpr std::size_t most_graphs = 64, few_changes = 16;
+  static constexpr std::size_t most_graphs = 128, few_changes = 16;
 
   Graph& graph();
   void make(Graph& graph);
@@ -77,6 +80,7 @@ class LaunchRecord {
   static void destroy(Graph& graph) noexcept;
 
   std::shared_ptr<Device> device_;
+  std::function<void()> started_;
   bool gathering_ = false;
   std::size_t piece_ = 0;  // launches of the next graph
   Launches launches_;

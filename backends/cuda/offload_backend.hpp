@@ -117,7 +117,9 @@ class OffloadCudaBackend : public CudaBackend {
             std::make_unique<cuda::ProcessorExperts>(device, std::move(experts), cpu, std::move(processor_supply))),
         streamed_(std::move(card_supply)),
         found_(std::make_unique<cuda::FoundExperts>(*card_)),
-        scratch_(std::move(device)) {}
+        scratch_(std::move(device)) {
+    on_start([processor = processor_.get()] { processor->take_announced(); });
+  }
 
   void experts_add(Tensor x, Tensor h, Tensor logits, Routing& routing, const Experts& experts,
                    const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
@@ -146,15 +148,11 @@ class OffloadCudaBackend : public CudaBackend {
     });
   }
 
-  // As a whole: what waits for the processor must not be under way before it is handed over.
+  // As a whole: in pieces, the card would wait for the processor while the rest is gathered.
   bool begin_pass() { return gather_whole(), true; }
-  void end_pass() {
-    CudaBackend::end_pass();
-    hand_over();
-  }
   void give_up_pass() noexcept {
     CudaBackend::give_up_pass();
-    exchanges_.clear();
+    processor_->forget_announced();
   }
 
   std::span<const float> host(Tensor row) {
@@ -177,10 +175,6 @@ class OffloadCudaBackend : public CudaBackend {
 
   static bool few(const Tensor& x) noexcept { return x.n_rows <= cuda::max_few_rows; }
 
-  void hand_over() {
-    processor_->take(exchanges_);
-    exchanges_.clear();
-  }
   // f(), and all that it launches, after what was gathered.
   template <class F>
   void at_once(F f) {
@@ -206,8 +200,8 @@ class OffloadCudaBackend : public CudaBackend {
       const cuda::HeldExperts held(*card_);
       router(routing, logits, k, normalise);
       exchange.send(device(), h, routing, card_->table(layer));
-      exchanges_.push_back({layer, h.n_rows, k, h.n_cols});
-      if (!gathering()) hand_over();
+      processor_->announce({layer, h.n_rows, k, h.n_cols});
+      if (!gathering()) processor_->take_announced();
       add_on_card(x, h, logits, routing, experts, shared, k, normalise);
     }
     exchange.add_answer(device(), x);
@@ -311,7 +305,6 @@ class OffloadCudaBackend : public CudaBackend {
   std::vector<std::int32_t> missing_;
   std::vector<Pick> picks_;
   std::vector<cuda::Transit::Expert> copies_;
-  std::vector<cuda::ProcessorExperts::Job> exchanges_;  // that were launched, or gathered to be
 };
 
 }  // namespace qwen3next
