@@ -5,8 +5,8 @@
 // Vectors (taps [channels, K], A [Hv], dt_bias [Hv]) are f32 in the card's memory.  Of `out` tensors only the f32 image
 // is written.
 //
-// Between two uses of one state lie dozens of kernels or a copy, as there always do in a model: these kernels read states
-// while kernels before them still run.
+// Between two uses of one state lies a copy, or one belongs to another graph, as it always is in a model, whose passes
+// begin with a copy of the tokens: these kernels read states while kernels before them still run.
 
 #include <span>
 

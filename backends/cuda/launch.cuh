@@ -7,9 +7,8 @@
 //      and what sessions keep from earlier passes.  Their way through memory is what there is to hide;
 //   2. it calls let_successor_start() as soon as it likes, even before it waits: so kernels follow one another as their
 //      blocks find room, each waits for the one before, and each is complete before the one after is;
-//   3. experts_down alone also reads the router's logits before it waits: experts_up, which is always before it, lets
-//   it
-//      start only after having waited for them.
+//   3. experts_down alone also reads the router's logits, the experts' slots and what lies there before it waits:
+//      experts_up, which is always before it, lets it start only after having waited for them.
 
 #include <cuda_runtime.h>
 
