@@ -26,7 +26,7 @@ struct RoutingScratch {
 };
 
 __device__ __forceinline__ std::uint32_t key_of(float logit) {
-  const std::uint32_t bits = __float_as_uint(logit);
+  const std::uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 is 0
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 __device__ __forceinline__ float logit_of(std::uint32_t key) {
@@ -42,7 +42,7 @@ __device__ __noinline__ void find_best_one_by_one(const float* logits, int exper
     Candidate best{0, experts};
 #pragma unroll 1
     for (int id = lane; id < experts; id += 32) {
-      const Candidate c{numbers ? key_of(logits[id]) : 0, id};
+      const Candidate c{numbers ? key_of(__ldcg(logits + id)) : 0, id};
       if (last.before(c) && c.before(best)) best = c;
     }
 #pragma unroll 1
@@ -55,19 +55,22 @@ __device__ __noinline__ void find_best_one_by_one(const float* logits, int exper
   }
 }
 
-// ids, weights [k] = the k <= 16 largest of softmax(logits), by all threads.  What is at least the k-th largest of the
-// largest of every 32 experts may be among them: these are few, and ranked.
-__device__ __forceinline__ void route_row(const float* logits, int experts, int k, bool normalise,
-                                          RoutingScratch& scratch, int* ids, float* weights) {
+// scratch.best [k] = the k <= 16 largest of the logits, by all threads, which see it on return.  What is at least the
+// k-th largest of the largest of every 32 may be among them: these are few, and ranked.  False: not all are numbers,
+// and the first k are the best.
+__device__ __forceinline__ bool choose_experts(const float* logits, int experts, int k, RoutingScratch& scratch) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int warps = static_cast<int>(blockDim.x) / 32, chunks = (experts + 31) / 32;
-  const auto key = [&](int id) { return id < experts ? key_of(__ldcg(logits + id)) : 0u; };
+  std::uint32_t first = 0;  // of this warp's first chunk: the only one of 16 warps for 512 experts
   bool numbers = true;
 #pragma unroll 1
   for (int chunk = warp; chunk < chunks; chunk += warps) {
     const int id = chunk * 32 + lane;
-    if (id < experts) numbers &= __ldcg(logits + id) < INFINITY;
-    const std::uint32_t largest = __reduce_max_sync(0xffffffff, key(id));
+    const float logit = id < experts ? __ldcg(logits + id) : -INFINITY;
+    const std::uint32_t key = id < experts ? key_of(logit) : 0;
+    numbers &= logit < INFINITY;
+    if (chunk == warp) first = key;
+    const std::uint32_t largest = __reduce_max_sync(0xffffffff, key);
     if (lane == 0 && chunk < RoutingScratch::chunks) scratch.largest[chunk] = largest;
   }
   if (thread == 0) scratch.count = 0;
@@ -86,7 +89,7 @@ __device__ __forceinline__ void route_row(const float* logits, int experts, int 
 #pragma unroll 1
   for (int chunk = warp; chunk < chunks; chunk += warps) {
     const int id = chunk * 32 + lane;
-    const std::uint32_t mine = key(id);
+    const std::uint32_t mine = chunk == warp ? first : id < experts ? key_of(__ldcg(logits + id)) : 0;
     if (id < experts && mine >= threshold) {
       const int at = atomicAdd(&scratch.count, 1);
       if (at < RoutingScratch::candidates) scratch.found[at] = {mine, id};
@@ -104,19 +107,23 @@ __device__ __forceinline__ void route_row(const float* logits, int experts, int 
     if (rank < k) scratch.best[rank] = mine;
   }
   __syncthreads();
-  if (warp > 0) return;
+  return numbers;
+}
+
+// The softmax of the best, over them if `normalise`, else over all; of lane i < k the i-th, by one warp.
+__device__ __forceinline__ float weight_of_best(const float* logits, int experts, int k, bool normalise, bool numbers,
+                                                const RoutingScratch& scratch, int lane) {
   const float most = logit_of(scratch.best[0].key);
   numbers &= most > -INFINITY;
-  const Candidate mine = scratch.best[min(lane, k - 1)];
-  const float e = lane >= k ? 0.0f : numbers ? expf(logit_of(mine.key) - most) : -1.0f;
+  const float e = lane >= k ? 0.0f : numbers ? expf(logit_of(scratch.best[lane].key) - most) : -1.0f;
   float total = warp_sum(e);
   if (!normalise) {
     total = 0;
 #pragma unroll 1
-    for (int id = lane; id < experts; id += 32) total += expf(logits[id] - most);
+    for (int id = lane; id < experts; id += 32) total += expf(__ldcg(logits + id) - most);
     total = numbers ? warp_sum(total) : 1.0f;
   }
-  if (lane < k) ids[lane] = mine.id, weights[lane] = e / total;
+  return e / total;
 }
 
 // --- gate and up ---------------------------------------------------------------------------------------------------
@@ -202,7 +209,6 @@ template <unsigned types, bool one_row>
 __global__ void __launch_bounds__(512, 2) experts_up_kernel(const __grid_constant__ UpWork work) {
   extern __shared__ uint4 shared_memory[];
   __shared__ int ids[few_rows * max_few_slots];
-  __shared__ float weights[few_rows * max_few_slots];
   __shared__ const std::byte* slots[few_rows * max_few_slots];
   __shared__ std::uint64_t barriers[16 * most_depth];
   __shared__ RoutingScratch scratch;
@@ -238,15 +244,17 @@ __global__ void __launch_bounds__(512, 2) experts_up_kernel(const __grid_constan
     }
 #pragma unroll 1
     for (int n = first; n <= last; ++n) {
-      route_row(work.logits.data + n * work.logits.stride, work.experts.count, k, work.normalise, scratch, ids + n * k,
-                weights + n * k);
-      if (thread >= k) continue;
-      __syncwarp((1u << k) - 1);  // the warp that wrote them
-      const int at = n * k + thread, row_begin = n * k * work.sections[0].per_pick;
-      take(at);
-      if (row_begin >= sections.begin && row_begin < sections.end) {
-        work.routing.ids[at] = ids[at];
-        work.routing.weights[at] = weights[at];
+      const float* const logits = work.logits.data + n * work.logits.stride;
+      const bool numbers = choose_experts(logits, work.experts.count, k, scratch);
+      if (thread < k) ids[n * k + thread] = scratch.best[thread].id, take(n * k + thread);
+      const int row_begin = n * k * work.sections[0].per_pick;
+      if (row_begin >= sections.begin && row_begin < sections.end && thread < 32) {
+        const float weight =
+            weight_of_best(logits, work.experts.count, k, work.normalise, numbers, scratch, thread % 32);
+        if (thread < k) {
+          work.routing.ids[n * k + thread] = scratch.best[thread].id;
+          work.routing.weights[n * k + thread] = weight;
+        }
       }
     }
   } else {
@@ -347,7 +355,7 @@ __global__ void __launch_bounds__(32 * most_slots, most_slots <= usual_slots ? 2
     experts_down_kernel(const __grid_constant__ DownWork work) {
   extern __shared__ uint4 shared_memory[];
   __shared__ int ids[max_few_slots];
-  __shared__ float weights[max_few_slots + 1];  // of the sums, in the end
+  __shared__ float weights[max_few_slots + 1];  // of the sums
   __shared__ float sums[max_few_slots + 1][strip_rows];
   __shared__ std::uint64_t barriers[(max_few_slots + 1) * most_depth];
   __shared__ RoutingScratch scratch;
@@ -358,16 +366,18 @@ __global__ void __launch_bounds__(32 * most_slots, most_slots <= usual_slots ? 2
   const bool shared = slot == k;
 
   let_successor_start();
+  float weight = 0;        // of a thread's slot, if it has one
   if (work.logits.data) {  // complete, since experts_up had waited for it when it let this kernel start
-    route_row(work.logits.data + t * work.logits.stride, work.experts.count, k, work.normalise, scratch, ids, weights);
-    __syncthreads();
+    const float* const logits = work.logits.data + t * work.logits.stride;
+    const bool numbers = choose_experts(logits, work.experts.count, k, scratch);
+    if (thread < k) ids[thread] = scratch.best[thread].id;
+    if (slot == 0) weight = weight_of_best(logits, work.experts.count, k, work.normalise, numbers, scratch, lane);
   } else {
     wait_for_predecessor();
-    if (thread < k) {
-      ids[thread] = work.routing.ids[t * k + thread], weights[thread] = work.routing.weights[t * k + thread];
-    }
-    __syncthreads();
+    if (thread < k) ids[thread] = work.routing.ids[t * k + thread], weight = work.routing.weights[t * k + thread];
   }
+  if (thread < k) weight *= work.factor * (work.experts.scales ? work.experts.scales[3 * ids[thread] + 2] : 1.0f);
+  __syncthreads();
 
   const DType type = shared ? work.shared_down.type : work.experts.down.type;
   const int width = shared ? work.shared_down.cols : work.experts.down.cols;
@@ -381,12 +391,8 @@ __global__ void __launch_bounds__(32 * most_slots, most_slots <= usual_slots ? 2
   const float* gate = shared ? work.shared + t * work.shared_width : work.routed + (t * k + slot) * work.routed_width;
   const int up_begin = shared ? work.shared_up_begin : work.up_begin;
   wait_for_predecessor();
-  if (thread < k) {
-    const float scale = work.experts.scales ? work.experts.scales[3 * ids[thread] + 2] : 1.0f;
-    weights[thread] *= work.factor * scale;
-  } else if (thread < work.slots) {
-    weights[thread] = sigmoid(work.shared_logit.data[t * work.shared_logit.stride]) * work.shared_factor;
-  }
+  const bool for_shared = thread == k && work.slots > k;
+  if (for_shared) weight = work.shared_logit.data[t * work.shared_logit.stride];
   if (up_begin == 0 && width == work.strips * strip_cols) {
 #pragma unroll 2
     for (int i = lane; i < width / 8; i += 32) {
@@ -412,6 +418,7 @@ __global__ void __launch_bounds__(32 * most_slots, most_slots <= usual_slots ? 2
       if constexpr (!usual(t.value)) down_tile_apart<t.value>(ring, cursor, strips, rows, slot, lane, sums[slot]);
     });
   }
+  if (thread < work.slots) weights[thread] = for_shared ? sigmoid(weight) * work.shared_factor : weight;
   __syncthreads();
   const int row = tile * strip_rows + thread;
   if (thread >= strip_rows || row >= work.experts.down.rows) return;

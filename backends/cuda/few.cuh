@@ -1,7 +1,7 @@
 #pragma once
 // Products with at most eight rows of activations: what linear_few and experts_few share.
 //
-// The rows lie in shared memory as f16, or f32 for f32 weights.  The units of work are 16 rows of a matrix (4 of an f32
+// The rows lie in shared memory as f16, or f32 for f32 weights.  The units of work are 16 rows of a matrix (2 of an f32
 // one); a unit's strips are dealt out to `split` warps, whose sums meet in shared memory and are added in their order.
 // So a row's arithmetic depends on the matrices alone: not on how many rows there are, nor on time.
 //
@@ -21,7 +21,7 @@
 namespace qwen3next::cuda {
 
 inline constexpr int few_rows = 8;  // an n8 tile
-inline constexpr int f32_unit_rows = 4;
+inline constexpr int f32_unit_rows = 2;
 inline constexpr int most_depth = 4;  // strips that a warp has asked for
 
 __host__ __device__ constexpr int unit_rows(DType type) { return type == DType::f32 ? f32_unit_rows : strip_rows; }
@@ -158,7 +158,7 @@ __device__ __forceinline__ bool aligned_to_16(const void* p) { return reinterpre
 
 // Eight neighbours, aligned.
 __device__ __forceinline__ void load_eight(float (&v)[8], const float* at) {
-  // Not by way of L1, which does not see what kernels before write after it was filled.
+  // Not to be kept in L1: what earlier kernels write is read once.
   const float4 a = __ldcg(reinterpret_cast<const float4*>(at)), b = __ldcg(reinterpret_cast<const float4*>(at) + 1);
   v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
@@ -193,14 +193,14 @@ __device__ __forceinline__ void prepare_plain_row(const SharedRows<types>& to, c
   }
 }
 
-// 16 rows of a matrix (4 of an f32 one): where they begin, and the row of activations that they are multiplied with.
+// 16 rows of a matrix (2 of an f32 one): where they begin, and the row of activations that they are multiplied with.
 struct Unit {
   const std::byte* data;  // from the beginning of what `pick` picked, if that is not -1
   int row;                // -1: all
   int pick = -1;
 };
 
-// What is asked for at once: one run of bytes, or of f32 four rows that are `row_bytes` apart.
+// What is asked for at once: one run of bytes, or of f32 two rows that are `row_bytes` apart.
 struct Piece {
   const std::byte* from;  // from the beginning of what `pick` picked, if that is not -1
   int pick, bytes, row_bytes;
@@ -293,13 +293,15 @@ class StripRing {
 #if __CUDA_ARCH__ >= 900
     const std::uint32_t barrier = barriers_ + static_cast<std::uint32_t>(8 * put_);
     if (lane == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(piece.bytes) : "memory");
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(piece.bytes)
+                   : "memory");
       if (piece.row_bytes == 0) {
         copy(to, from, piece.bytes, barrier);
       } else {
         const int row = piece.bytes / f32_unit_rows;
 #pragma unroll 1
-        for (int done = 0; done < piece.bytes; done += row, from += piece.row_bytes) copy(to + done, from, row, barrier);
+        for (int done = 0; done < piece.bytes; done += row, from += piece.row_bytes)
+          copy(to + done, from, row, barrier);
       }
     }
 #else
@@ -308,7 +310,7 @@ class StripRing {
       for (int i = lane * 16; i < piece.bytes; i += 512) copy(to + i, from + i);
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 2 * f32_unit_rows; ++i) {
         copy(to + i * 512 + lane * 16, from + i / 2 * piece.row_bytes + i % 2 * 512 + lane * 16);
       }
     }
@@ -386,7 +388,7 @@ class StripCursor {
     }
     piece.pick = pick_;
     if (types == f32_alone || ((types & f32_alone) != 0 && type_ == DType::f32)) {
-      piece.bytes = 4096, piece.row_bytes = strips_ * strip_cols * 4;
+      piece.bytes = f32_unit_rows * strip_cols * 4, piece.row_bytes = strips_ * strip_cols * 4;
       piece.from = data_ + strip_ * (strip_cols * 4);
     } else {
       piece.bytes = strip_bytes_, piece.row_bytes = 0;
@@ -460,7 +462,7 @@ struct UnitProduct {
   }
   __device__ __forceinline__ void store(float* to, int columns, int lane) const { store_sums(to, acc, columns, lane); }
 };
-// f32, with up to N rows: a warp takes 256 columns of four rows at a time.
+// f32, with up to N rows: a warp takes 256 columns of two rows at a time.
 template <int N>
 struct SingleProduct {
   float acc[f32_unit_rows][N];
@@ -584,7 +586,9 @@ auto with_shared_memory() {
   return kernel;
 }
 
-// Bytes of a strip on its way: of f32 four rows of it.
-inline int bytes_on_the_way(DType type) { return type == DType::f32 ? 4096 : strip_layout(type).bytes; }
+// Bytes of a strip on its way: of f32 two rows of it.
+inline int bytes_on_the_way(DType type) {
+  return type == DType::f32 ? f32_unit_rows * strip_cols * 4 : strip_layout(type).bytes;
+}
 
 }  // namespace qwen3next::cuda
