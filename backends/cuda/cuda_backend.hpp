@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <span>
@@ -236,10 +235,6 @@ class CudaBackend {
   cuda::Device& device() const noexcept { return *device_; }
 
  protected:
-  bool gathering() const noexcept { return record_->gathering(); }
-  void gather_whole() { record_->begin(cuda::LaunchRecord::whole); }
-  void on_start(std::function<void()> started) { record_->on_start(std::move(started)); }
-
   // Many rows: x += the experts picked, of those on the card or that come in `waves`, and the shared one.
   void add_routed(Tensor x, Tensor h, const Routing& routing, const cuda::CudaExperts& experts,
                   const SharedExpert<Weight, Tensor>& shared, cuda::ExpertWaves* waves = nullptr) {

@@ -50,7 +50,7 @@ LaunchRecord::~LaunchRecord() {
   for (Graph& graph : graphs_) destroy(graph);
 }
 
-void LaunchRecord::begin(std::size_t first_piece) {
+void LaunchRecord::begin() {
   launches_.clear();
   piece_ = first_piece;
   gathering_ = true;
@@ -81,12 +81,9 @@ void LaunchRecord::start_gathered() {
   if (launches_.launches.empty()) return;
   CUgraphExec_st* const exec = graph().exec;
   launches_.clear();
-  {
-    const std::lock_guard lock(device_->order().mutex);
-    check(cudaGraphLaunch(exec, device_->stream()), "starting a pass");
-    device_->order().behind_graph = true;
-  }
-  if (started_) started_();
+  const std::lock_guard lock(device_->order().mutex);
+  check(cudaGraphLaunch(exec, device_->stream()), "starting a pass");
+  device_->order().behind_graph = true;
 }
 
 void LaunchRecord::give_up() noexcept {

@@ -1,14 +1,12 @@
 #pragma once
 // The launches of a pass, gathered and handed to the card as CUDA graphs: in those, a kernel follows the one before
-// sooner than in a stream.  Mostly the first is short, and each is twice as long as the one before: the card computes
-// one while the next is gathered.
+// sooner than in a stream.  The first is short, and each is twice as long as the one before: the card computes one while
+// the next is gathered.
 //
 // A graph is used again when a pass gathers the same kernels in the same order; nodes whose sizes or parameters differ
 // in a byte are changed before.  So there is no second description of a pass that could disagree with the first.
 
 #include <cstddef>
-#include <cstdint>
-#include <functional>
 #include <list>
 #include <memory>
 #include <utility>
@@ -34,18 +32,13 @@ class LaunchRecord {
   ~LaunchRecord();
   LaunchRecord(const LaunchRecord&) = delete;
 
-  // Launches of the first graph.
-  static constexpr std::size_t short_piece = 12, whole = SIZE_MAX;
-
   // From begin() to end() launches are gathered, and started later, in their order.  Copies and other work of the
   // stream are not: they come before those that were not started yet.
-  void begin(std::size_t first_piece = short_piece);
+  void begin();
   void end();
   void start_gathered();    // what there is so far, and goes on
   void give_up() noexcept;  // instead of end(): forgets them
   bool gathering() const noexcept { return gathering_; }
-  // Called whenever gathered launches have been started.
-  void on_start(std::function<void()> started) { started_ = std::move(started); }
 
   void add(const void* kernel, const LaunchShape& shape);
   void add_parameter(const void* value, std::size_t size, std::size_t alignment);  // of the last add()
@@ -72,7 +65,7 @@ class LaunchRecord {
     CUgraphExec_st* exec = nullptr;
   };
   // Some passes take turns (DeltaNet's windows do): each has graphs that hardly need to be changed.
-  static constexpr std::size_t most_graphs = 128, few_changes = 16;
+  static constexpr std::size_t most_graphs = 128, few_changes = 16, first_piece = 12;
 
   Graph& graph();
   void make(Graph& graph);
@@ -80,7 +73,6 @@ class LaunchRecord {
   static void destroy(Graph& graph) noexcept;
 
   std::shared_ptr<Device> device_;
-  std::function<void()> started_;
   bool gathering_ = false;
   std::size_t piece_ = 0;  // launches of the next graph
   Launches launches_;

@@ -117,9 +117,7 @@ class OffloadCudaBackend : public CudaBackend {
             std::make_unique<cuda::ProcessorExperts>(device, std::move(experts), cpu, std::move(processor_supply))),
         streamed_(std::move(card_supply)),
         found_(std::make_unique<cuda::FoundExperts>(*card_)),
-        scratch_(std::move(device)) {
-    on_start([processor = processor_.get()] { processor->take_announced(); });
-  }
+        scratch_(std::move(device)) {}
 
   void experts_add(Tensor x, Tensor h, Tensor logits, Routing& routing, const Experts& experts,
                    const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
@@ -132,31 +130,25 @@ class OffloadCudaBackend : public CudaBackend {
       case cuda::OffloadWay::processor:
         return add_with_processor(x, h, logits, routing, experts.layer, shared, k, normalise);
       case cuda::OffloadWay::copy:
-        return at_once([&] { add_with_copies(x, h, logits, routing, experts.layer, shared, k, normalise); });
+        return add_with_copies(x, h, logits, routing, experts.layer, shared, k, normalise);
       default:
-        return at_once([&] { add_streamed(x, h, logits, routing, experts.layer, shared, k, normalise); });
+        return add_streamed(x, h, logits, routing, experts.layer, shared, k, normalise);
     }
   }
 
   void experts(Tensor out, Tensor x, const Experts& experts, const Routing& routing) {
-    at_once([&] {
-      with_missing(experts.layer, x.n_rows, [&](cuda::ExpertWaves& waves) {
-        const cuda::CudaExperts& all = card_->layer(experts.layer, false);
-        cuda::experts_many(device(), scratch_,
-                           {.out = out, .x = x, .experts = &all, .routing = &routing, .waves = &waves});
-      });
+    with_missing(experts.layer, x.n_rows, [&](cuda::ExpertWaves& waves) {
+      const cuda::CudaExperts& all = card_->layer(experts.layer, false);
+      cuda::experts_many(device(), scratch_,
+                         {.out = out, .x = x, .experts = &all, .routing = &routing, .waves = &waves});
     });
   }
 
-  // As a whole: in pieces, the card would wait for the processor while the rest is gathered.
-  bool begin_pass() { return gather_whole(), true; }
-  void give_up_pass() noexcept {
-    CudaBackend::give_up_pass();
-    processor_->forget_announced();
-  }
+  // Nothing is gathered: experts must not come or go between a launch's choice of them and its start, and the processor
+  // must know of what the card waits for.
+  bool begin_pass() const noexcept { return false; }
 
   std::span<const float> host(Tensor row) {
-    at_once([] {});
     processor_->drain();
     card_->between_passes();  // the card computes the head
     return CudaBackend::host(row);
@@ -175,15 +167,6 @@ class OffloadCudaBackend : public CudaBackend {
 
   static bool few(const Tensor& x) noexcept { return x.n_rows <= cuda::max_few_rows; }
 
-  // f(), and all that it launches, after what was gathered.
-  template <class F>
-  void at_once(F f) {
-    const bool gathered = gathering();
-    if (gathered) end_pass();
-    f();
-    if (gathered) begin_pass();
-  }
-
   // Picks of experts that are not there count for nothing.
   void add_on_card(Tensor x, Tensor h, Tensor logits, Routing& routing, const cuda::CudaExperts& experts,
                    const SharedExpert<Weight, Tensor>& shared, int k, bool normalise) {
@@ -200,15 +183,12 @@ class OffloadCudaBackend : public CudaBackend {
       const cuda::HeldExperts held(*card_);
       router(routing, logits, k, normalise);
       exchange.send(device(), h, routing, card_->table(layer));
-      processor_->announce({layer, h.n_rows, k, h.n_cols});
-      if (!gathering()) processor_->take_announced();
+      processor_->take({layer, h.n_rows, k, h.n_cols});
       add_on_card(x, h, logits, routing, experts, shared, k, normalise);
     }
     exchange.add_answer(device(), x);
-    if (streamed_ && !streamed_->complete()) {  // what files throw is for the pass, whose caller goes back then
-      at_once([] {});
-      processor_->drain();
-    }
+    // What files throw is for the pass, whose caller goes back then.
+    if (streamed_ && !streamed_->complete()) processor_->drain();
   }
 
   // Waits to know what is picked, copies that.

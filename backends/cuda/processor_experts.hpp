@@ -87,18 +87,14 @@ class ProcessorExperts {
   struct Job {
     int layer, rows, k, width;
   };
-  // An exchange that is launched, or gathered to be; by whoever launches, like the next two.
-  void announce(const Job& job) { announced_.push_back(job); }
-  // Those announced were started: they are to be answered.
-  void take_announced() {
+  // This exchange was launched: it is to be answered.
+  void take(const Job& job) {
     {
       const std::lock_guard lock(mutex_);
-      jobs_.insert(jobs_.end(), announced_.begin(), announced_.end());
+      jobs_.push_back(job);
     }
-    announced_.clear();
     changed_.notify_all();
   }
-  void forget_announced() noexcept { announced_.clear(); }
 
   // Waits until all are answered.  Throws Error if the card failed, or what a supply of experts threw.
   void drain() {
@@ -212,7 +208,6 @@ class ProcessorExperts {
   std::mutex mutex_;
   std::condition_variable changed_;  // a job came, or all are done
   std::deque<Job> jobs_;
-  std::vector<Job> announced_;
   std::exception_ptr failure_;  // written with the mutex held, by the thread alone while there are jobs
   std::atomic<bool> abandoned_{false};
   bool stopping_ = false;
