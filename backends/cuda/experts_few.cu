@@ -466,12 +466,12 @@ void experts_few(const Device& device, DeviceScratch& scratch, const ExpertsFew&
   up.shared = up.routed + T * k * up.routed_width;
   unsigned types = 0;
   const auto add_section = [&](UpSection s, int matrices) {
-    s.strip_bytes = bytes_on_the_way(s.type), s.height = unit_rows(s.type);
+    s.strip_bytes = strip_bytes(s.type), s.height = unit_rows(s.type);
     s.per_pick = matrices * ((s.rows + s.height - 1) / s.height);
     s.before = up.units, s.units = (s.shared ? 1 : T * k) * s.per_pick;
     up.units += (s.units + 1) / 2 * 2;  // so that pairs begin at even ones
     types |= types_of(s.type);
-    up.slot_bytes = std::max(up.slot_bytes, s.strip_bytes);
+    up.slot_bytes = std::max(up.slot_bytes, piece_bytes(s.type));
     up.sections[up.count++] = s;
   };
   const auto add = [&](const Matrix& gate, const Matrix& up_matrix, bool shared) {

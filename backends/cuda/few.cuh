@@ -1,7 +1,7 @@
 #pragma once
 // Products with at most eight rows of activations: what linear_few and experts_few share.
 //
-// The rows lie in shared memory as f16, or f32 for f32 weights.  The units of work are 16 rows of a matrix (2 of an f32
+// The rows lie in shared memory as f16, or f32 for f32 weights.  The units of work are 16 rows of a matrix (4 of an f32
 // one); a unit's strips are dealt out to `split` warps, whose sums meet in shared memory and are added in their order.
 // So a row's arithmetic depends on the matrices alone: not on how many rows there are, nor on time.
 //
@@ -21,7 +21,7 @@
 namespace qwen3next::cuda {
 
 inline constexpr int few_rows = 8;  // an n8 tile
-inline constexpr int f32_unit_rows = 2;
+inline constexpr int f32_unit_rows = 4, f32_strip_cols = 128;
 inline constexpr int most_depth = 4;  // strips that a warp has asked for
 
 __host__ __device__ constexpr int unit_rows(DType type) { return type == DType::f32 ? f32_unit_rows : strip_rows; }
@@ -193,14 +193,14 @@ __device__ __forceinline__ void prepare_plain_row(const SharedRows<types>& to, c
   }
 }
 
-// 16 rows of a matrix (2 of an f32 one): where they begin, and the row of activations that they are multiplied with.
+// 16 rows of a matrix (4 of an f32 one): where they begin, and the row of activations that they are multiplied with.
 struct Unit {
   const std::byte* data;  // from the beginning of what `pick` picked, if that is not -1
   int row;                // -1: all
   int pick = -1;
 };
 
-// What is asked for at once: one run of bytes, or of f32 two rows that are `row_bytes` apart.
+// What is asked for at once: one run of bytes, or of f32 128 columns of four rows that are `row_bytes` apart.
 struct Piece {
   const std::byte* from;  // from the beginning of what `pick` picked, if that is not -1
   int pick, bytes, row_bytes;
@@ -310,9 +310,7 @@ class StripRing {
       for (int i = lane * 16; i < piece.bytes; i += 512) copy(to + i, from + i);
     } else {
 #pragma unroll
-      for (int i = 0; i < 2 * f32_unit_rows; ++i) {
-        copy(to + i * 512 + lane * 16, from + i / 2 * piece.row_bytes + i % 2 * 512 + lane * 16);
-      }
+      for (int i = 0; i < f32_unit_rows; ++i) copy(to + i * 512 + lane * 16, from + i * piece.row_bytes + lane * 16);
     }
 #endif
     ask_nothing();
@@ -387,15 +385,15 @@ class StripCursor {
       data_ = unit.data, pick_ = unit.pick;
     }
     piece.pick = pick_;
-    if (types == f32_alone || ((types & f32_alone) != 0 && type_ == DType::f32)) {
-      piece.bytes = f32_unit_rows * strip_cols * 4, piece.row_bytes = strips_ * strip_cols * 4;
-      piece.from = data_ + strip_ * (strip_cols * 4);
+    if (is_f32()) {
+      piece.bytes = f32_unit_rows * f32_strip_cols * 4, piece.row_bytes = strips_ * strip_cols * 4;
+      piece.from = data_ + strip_ * (f32_strip_cols * 4);
     } else {
       piece.bytes = strip_bytes_, piece.row_bytes = 0;
       piece.from = data_ + strip_ * strip_bytes_;
     }
     strip_ += split_;
-    if (strip_ >= strips_) strip_ = first_, unit_ += lanes_;
+    if (strip_ >= count_) strip_ = first_, unit_ += lanes_;
     return true;
   }
   __device__ __forceinline__ const std::byte* address(const Piece& piece) const {
@@ -407,13 +405,17 @@ class StripCursor {
     section_ = section;
     type_ = of_.type(section);
     strip_bytes_ = of_.strip_bytes(section);
-    unit_ = of_.first(section) + own_, last_ = first_ < strips_ ? of_.last(section) : 0;
+    count_ = is_f32() ? strips_ * (strip_cols / f32_strip_cols) : strips_;
+    unit_ = of_.first(section) + own_, last_ = first_ < count_ ? of_.last(section) : 0;
     strip_ = first_;
+  }
+  __device__ __forceinline__ bool is_f32() const {
+    return types == f32_alone || ((types & f32_alone) != 0 && type_ == DType::f32);
   }
   const Sections& of_;
   const std::byte* data_ = nullptr;
   int pick_ = -1;
-  int first_, split_, own_, lanes_, strips_;
+  int first_, split_, own_, lanes_, strips_, count_ = 0;  // strips of 256 columns; of a unit
   int section_ = 0, unit_ = 0, last_ = 0, strip_ = 0, strip_bytes_ = 0;
   DType type_ = DType::f32;
 };
@@ -448,6 +450,7 @@ __device__ __forceinline__ void finish_units(const Sections& of, int section, co
 // A unit's product with up to eight rows, as sums[column][16]: strips k, k + split, ... of it.
 template <DType type>
 struct UnitProduct {
+  static constexpr int pieces_of_strip = 1;
   float acc[4];
 
   __device__ __forceinline__ void clear() {
@@ -462,9 +465,10 @@ struct UnitProduct {
   }
   __device__ __forceinline__ void store(float* to, int columns, int lane) const { store_sums(to, acc, columns, lane); }
 };
-// f32, with up to N rows: a warp takes 256 columns of two rows at a time.
+// f32, with up to N rows: a warp takes 128 columns of four rows at a time.
 template <int N>
 struct SingleProduct {
+  static constexpr int pieces_of_strip = strip_cols / f32_strip_cols;
   float acc[f32_unit_rows][N];
 
   __device__ __forceinline__ void clear() {
@@ -477,23 +481,18 @@ struct SingleProduct {
   template <unsigned types>
   __device__ __forceinline__ void add(const std::byte* slot, const SharedRows<types>& rows, int s, int of_row,
                                       int columns, int lane) {
-#pragma unroll 1
-    for (int part = 0; part < 2; ++part) {
-      float4 w[f32_unit_rows];
+    float4 w[f32_unit_rows];
+#pragma unroll
+    for (int i = 0; i < f32_unit_rows; ++i) w[i] = *reinterpret_cast<const float4*>(slot + i * 512 + lane * 16);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (n >= columns) break;
+      const float* const row = rows.single + (of_row >= 0 ? of_row : n) * rows.strips * strip_cols;
+      const float4 v = *reinterpret_cast<const float4*>(row + s * f32_strip_cols + lane * 4);
 #pragma unroll
       for (int i = 0; i < f32_unit_rows; ++i) {
-        w[i] = *reinterpret_cast<const float4*>(slot + i * 1024 + part * 512 + lane * 16);
-      }
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        if (n >= columns) break;
-        const float4 v = *reinterpret_cast<const float4*>(
-            rows.single + ((of_row >= 0 ? of_row : n) * rows.strips + s) * strip_cols + part * 128 + lane * 4);
-#pragma unroll
-        for (int i = 0; i < f32_unit_rows; ++i) {
-          acc[i][n] = fmaf(w[i].x, v.x, acc[i][n]), acc[i][n] = fmaf(w[i].y, v.y, acc[i][n]);
-          acc[i][n] = fmaf(w[i].z, v.z, acc[i][n]), acc[i][n] = fmaf(w[i].w, v.w, acc[i][n]);
-        }
+        acc[i][n] = fmaf(w[i].x, v.x, acc[i][n]), acc[i][n] = fmaf(w[i].y, v.y, acc[i][n]);
+        acc[i][n] = fmaf(w[i].z, v.z, acc[i][n]), acc[i][n] = fmaf(w[i].w, v.w, acc[i][n]);
       }
     }
   }
@@ -516,7 +515,8 @@ __device__ __forceinline__ void multiply_section(const Sections& of, int section
                                                  StripRing& ring, Cursor& cursor) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int split = 1 << block.log2_split, lanes = static_cast<int>(blockDim.x) / 32 >> block.log2_split;
-  const int k = warp & (split - 1), own = warp >> block.log2_split, strips = block.in.strips;
+  const int k = warp & (split - 1), own = warp >> block.log2_split;
+  const int pieces = block.in.strips * Product::pieces_of_strip;
   const int begin = of.first(section), end = of.last(section), batch = block.rounds * lanes;
   const int columns = of.columns(section);
   Product product;
@@ -528,7 +528,7 @@ __device__ __forceinline__ void multiply_section(const Sections& of, int section
       const int row = of.unit(section, unit).row;
       product.clear();
 #pragma unroll 1
-      for (int s = k; s < strips; s += split) {
+      for (int s = k; s < pieces; s += split) {
         product.add(ring.take(), block.in, s, row, columns, lane);
         __syncwarp();
         ring.ask(cursor, lane);
@@ -586,8 +586,11 @@ auto with_shared_memory() {
   return kernel;
 }
 
-// Bytes of a strip on its way: of f32 two rows of it.
-inline int bytes_on_the_way(DType type) {
+// Bytes of a piece, and of 256 columns of a unit.
+inline int piece_bytes(DType type) {
+  return type == DType::f32 ? f32_unit_rows * f32_strip_cols * 4 : strip_layout(type).bytes;
+}
+inline int strip_bytes(DType type) {
   return type == DType::f32 ? f32_unit_rows * strip_cols * 4 : strip_layout(type).bytes;
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 // The launches of a pass, gathered and handed to the card as CUDA graphs: in those, a kernel follows the one before
-// sooner than in a stream.  The first is short, and each is twice as long as the one before: the card computes one while
-// the next is gathered.
+// sooner than in a stream.  The first is short, and each is twice as long as the one before: the card computes one
+// while the next is gathered.
 //
 // A graph is used again when a pass gathers the same kernels in the same order; nodes whose sizes or parameters differ
 // in a byte are changed before.  So there is no second description of a pass that could disagree with the first.

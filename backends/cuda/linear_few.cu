@@ -347,11 +347,11 @@ void linear_few(const Device& device, CudaTensor x, std::span<const Product> pro
   for (const Product& p : products) {
     assert(p.w.cols == x.n_cols);
     all.of[all.count] = p;
-    all.strip_bytes[all.count] = bytes_on_the_way(p.w.type);
+    all.strip_bytes[all.count] = strip_bytes(p.w.type);
     all.factor[all.count] = p.w.scale * (p.w.type == DType::f32 ? 1.0f : strip_unit(p.w.type));
     all.units_before[all.count + 1] = all.units_before[all.count] + units_of(p.w);
     ++all.count;
-    plan.slot_bytes = std::max(plan.slot_bytes, bytes_on_the_way(p.w.type));
+    plan.slot_bytes = std::max(plan.slot_bytes, piece_bytes(p.w.type));
     types |= types_of(p.w.type);
   }
   plan.single = (types & f32_alone) != 0;
