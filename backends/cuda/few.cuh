@@ -36,6 +36,7 @@ __host__ __device__ constexpr unsigned types_of(DType type) {
 }
 // Those that big models mostly come in.
 __host__ __device__ constexpr bool usual(DType type) { return (types_of(type) & usual_types) != 0; }
+
 // Warps that share a unit, as a power of two: the largest that leaves none idle.
 inline int log2_split_of(int warps, int strips) {
   int log2 = 0;
@@ -168,6 +169,7 @@ __device__ __forceinline__ void load_eight(float (&v)[8], const float* row, int 
 #pragma unroll
   for (int k = 0; k < 8; ++k) v[k] = begin + k < cols ? row[begin + k] : 0.0f;
 }
+
 // A row as it is: x.half, or x.data if f32 is wanted too.
 template <unsigned types>
 __device__ __forceinline__ void prepare_plain_row(const SharedRows<types>& to, const CudaTensor& x, int n) {

@@ -366,6 +366,7 @@ void linear_few(const Device& device, CudaTensor x, std::span<const Product> pro
   int warps = most_units << log2_split_of(16, strips) > 8 ? 16 : 8;
   plan.units = Shares(units, blocks);
   const auto limit = static_cast<int>(device.properties().shared_memory_per_block) - 1024;
+  const int pieces = plan.single ? strips * (strip_cols / f32_strip_cols) : strips;  // of a unit, at most
   const auto lay_out = [&](int T) {
     plan.log2_split = log2_split_of(warps, strips);
     const int lanes = warps >> plan.log2_split, unit_rounds = (most_units + lanes - 1) / lanes;
@@ -375,7 +376,7 @@ void linear_few(const Device& device, CudaTensor x, std::span<const Product> pro
     const int rest = rows + factors + 8 * plan.half_floats, ring = warps * plan.slot_bytes;
     const int room = (most_units * strips * plan.slot_bytes > 2 * limit ? limit : limit / 8 * 5) - rest;
     plan.depth =
-        std::clamp(room / ring, 1, std::min(most_depth, unit_rounds * (((strips - 1) >> plan.log2_split) + 1)));
+        std::clamp(room / ring, 1, std::min(most_depth, unit_rounds * (((pieces - 1) >> plan.log2_split) + 1)));
     plan.rows_at = plan.depth * ring;
     plan.factors_at = plan.rows_at + rows;
     plan.sums_at = plan.factors_at + factors;
