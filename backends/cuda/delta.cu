@@ -11,8 +11,7 @@ namespace {
 constexpr int most_few_rows = 8;
 constexpr int batch_segments = 64;
 
-// ---- Functions of the gates and the convolution
-// --------------------------------------------------------------------------
+// --- Functions of the gates and the convolution ---
 // To some 3e-7 relative, in a few instructions without branches: between two uses of a kernel a token's weights pass
 // through the caches, so each 128 bytes of code cost their way through memory.
 
@@ -42,8 +41,7 @@ __device__ inline float gate_g(float x, float A) {
   return __fmul_rn(A, __fmaf_rn(sum, s, fmaxf(x, 0.0f)));
 }
 
-// ---- One launch for few rows
-// -----------------------------------------------------------------------------------------
+// --- One launch for few rows ---
 
 constexpr int few_columns = 32, few_taps = 4;
 
@@ -250,8 +248,7 @@ void launch_few(const Device& device, const FewRows& p, const DeltaBatch<N>& bat
     launch(device, few_rows<64, N, decodes>, grid, few_threads<64>, 0, p, batch);
 }
 
-// ---- Any shape
-// ---------------------------------------------------------------------------------------------------------
+// --- Any shape ---
 
 constexpr int any_threads = 128, any_rows = any_threads / 32;
 
@@ -324,8 +321,7 @@ __global__ void __launch_bounds__(any_threads) any_delta_rule(const AnyRows p, c
   if (!d.next_journal && d.count > 0) store();
 }
 
-// ---- Convolution and gates of many rows
-// ----------------------------------------------------------------------------------
+// --- Convolution and gates of many rows ---
 
 constexpr int conv_threads = 256, conv_rows = 16;
 
@@ -425,8 +421,7 @@ __global__ void __launch_bounds__(256) gates_of_rows(const GateRows p) {
   p.g[t * p.g_stride + head] = gate_g(__fadd_rn(p.a[t * p.a_stride + head], p.dt_bias[head]), p.A[head]);
 }
 
-// ---- Host
-// --------------------------------------------------------------------------------------------------------------
+// --- Host ---
 
 using Deltas = std::span<const Segment<CudaDeltaState>>;
 

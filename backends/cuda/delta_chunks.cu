@@ -70,8 +70,7 @@ __device__ inline uint4 image_of(const float (&even)[4], const float (&odd)[4]) 
           half_pair(odd[2], odd[3])};
 }
 
-// ---- All chunks at once
-// --------------------------------------------------------------------------------------------------
+// --- All chunks at once ---
 
 // What scan_chunks needs, of (chunk, head) after (chunk, head).
 struct Chunks {
@@ -360,8 +359,7 @@ __global__ void __launch_bounds__(threads, 2) prepare_chunks(const ChunkRows p, 
   }
 }
 
-// ---- Chunk after chunk
-// ---------------------------------------------------------------------------------------------------
+// --- Chunk after chunk ---
 
 struct ScanRows {
   float* S;    // [Hv, Dv, Dk]
@@ -526,8 +524,7 @@ __global__ void __launch_bounds__(threads, 1) scan_chunks(const ScanRows p, cons
   each_pair([&](int row, int at, float& a, float& b) { *reinterpret_cast<float2*>(S_begin + row * Dk + at) = {a, b}; });
 }
 
-// ---- Host
-// ----------------------------------------------------------------------------------------------------------------
+// --- Host ---
 
 template <int Dk>
 void run_chunks(const Device& device, DeviceScratch& scratch, CudaTensor out, CudaTensor qkv, CudaTensor beta,
