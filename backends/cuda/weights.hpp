@@ -89,7 +89,7 @@ struct CudaExperts {
   ExpertMatrices matrices;
   std::shared_ptr<const DeviceBytes> memory;  // all slots
   std::shared_ptr<const DeviceBytes> tables;  // slots, scales
-  bool complete = true;  // else some slots are null: their picks count for nothing
+  bool complete = true;                       // else some slots are null: their picks count for nothing
 };
 
 // Takes weights to the card.  Views must stay readable until finish().
