@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "backends/cuda/device.hpp"
+#include "backends/cuda/elementwise.hpp"
 #include "qwen3next.hpp"
+#include "tests/cuda/cuda_ops.hpp"
 
 using namespace qwen3next;
 
@@ -61,6 +63,29 @@ TEST_CASE("memory: what does not fit is named, and the card goes on") {
   cuda::DeviceBytes small(device, 1000, "a test");
   device->clear(small.data(), small.size());
   device->wait();
+}
+
+TEST_CASE("launches: a kernel that started early sees what the one before wrote, also where an earlier one has read") {
+  const auto device = cuda::Device::open();
+  constexpr int times = 50, columns = 2048;
+  for (const int rows : {1, 3, 20, 66}) {
+    CAPTURE(rows);
+    test::CudaTensors tensors(device);
+    const auto n = static_cast<std::size_t>(rows);
+    const cuda::CudaTensor x = tensors.make(test::Rows(n, std::vector<float>(columns, 1)));
+    const cuda::CudaTensor one = tensors.make(test::Rows(n, std::vector<float>(columns, 1)));
+    std::vector<cuda::CudaTensor> seen;
+    for (int i = 0; i < times; ++i) seen.push_back(tensors.make(rows, columns, true));
+    for (int i = 0; i < times; ++i) {  // each copy reads what the one before the addition has read
+      cuda::copy(*device, seen[static_cast<std::size_t>(i)], x);
+      cuda::add(*device, x, one);
+    }
+    for (int i = 0; i < times; ++i) {
+      CAPTURE(i);
+      const test::Rows expected(n, std::vector<float>(columns, static_cast<float>(1 + i)));
+      CHECK(test::first_difference(tensors.read(seen[static_cast<std::size_t>(i)]), expected) == "");
+    }
+  }
 }
 
 TEST_CASE("time: events measure the card's work, not the caller's") {
