@@ -27,7 +27,6 @@ constexpr int leaf_positions = 64, group_leaves = 4;
 constexpr int fast_head_dim = 256,
               fast_group = 8;  // what attend_few and attend_many are made for: query heads a KV head
 constexpr int few_rows = 8;    // most rows of a segment that splits the positions
-constexpr float log2_e = 1.4426950408889634f;
 
 // A segment as kernels see it: row begin + t is at position first + t of the cache.
 struct KvSpan {
@@ -102,11 +101,6 @@ struct Partials {
 
 // --- Arithmetic of partial results ---
 
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // Adding (max, sum) b to a: the factors of what either stands for.
 struct MergeFactors {
   float max, of_a, of_b;
@@ -261,7 +255,7 @@ __device__ inline void prepare_eight(float (&x)[8], int lane, const float (&weig
 #pragma unroll 1
     for (int offset = 16; offset > 0; offset /= 2)
       squares = __fadd_rn(squares, __shfl_xor_sync(0xffffffff, squares, offset));
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(scale) : "f"(__fmaf_rn(squares, 1.0f / fast_head_dim, eps)));
+    scale = rsqrt_fast(__fmaf_rn(squares, 1.0f / fast_head_dim, eps));
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], scale), weight[i]);

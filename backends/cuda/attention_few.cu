@@ -57,12 +57,6 @@ struct Place {
   }
 };
 
-// Blocks [0, larger) take one unit more than the others.
-struct Shares {
-  int units, larger;
-  __device__ int first_unit(int block) const { return block * units + min(block, larger); }
-};
-
 // Scores are K q^T and results V^T p^T, so that a row's eight query heads of a KV head are the eight columns of an mma:
 // nothing is padded, and the rows of a span only add columns.  Keys and values of a leaf arrive in shared memory some
 // leaves ahead; each of eight warps takes 16 positions and half of the dims of the scores, then one head's softmax,
@@ -88,9 +82,9 @@ __global__ void __launch_bounds__(threads, one_leaf ? 3 : 1)
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t4 = lane % 4;
 
-  const int end_unit = shares.first_unit(static_cast<int>(blockIdx.x) + 1);
+  const int end_unit = shares.begin(blockIdx.x + 1);
   Place here{}, ahead{};
-  here.start(p, shares.first_unit(static_cast<int>(blockIdx.x)));
+  here.start(p, shares.begin(blockIdx.x));
   ahead = here;
   const auto block_ahead = [&] { return p.spans.span[ahead.span].table[ahead.leaf * L / kv_block]; };
   std::byte* block = block_ahead();  // loaded a leaf before it is needed
@@ -347,7 +341,7 @@ void start(const Device& device, const FewWork& work, int units, bool leaves) {
   const auto kernel = tokens == 1 && leaves && units == blocks ? attend_few_kernel<tokens, q8_0, tokens == 1>
                                                                : attend_few_kernel<tokens, q8_0, false>;
   launch(device, kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes(tokens, q8_0, stages), work,
-         stages, Shares{units / blocks, units % blocks});
+         stages, Shares(units, blocks));
 }
 
 template <bool q8_0>

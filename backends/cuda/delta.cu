@@ -15,20 +15,11 @@ constexpr int batch_segments = 64;
 // To some 3e-7 relative, in a few instructions without branches: between two uses of a kernel a token's weights pass
 // through the caches, so each 128 bytes of code cost their way through memory.
 
-__device__ inline float quick_exp(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(__fmul_rn(x, 1.4426950408889634f)));
-  return y;
-}
+__device__ inline float quick_exp(float x) { return exp2_fast(__fmul_rn(x, log2_e)); }
 __device__ inline float quick_divide(float x, float y) {
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
   return __fmul_rn(x, inverse);
-}
-__device__ inline float quick_rsqrt(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 __device__ inline float conv_silu(float x) { return quick_divide(x, __fadd_rn(1.0f, quick_exp(-x))); }
 __device__ inline float gate_beta(float b) { return quick_divide(1.0f, __fadd_rn(1.0f, quick_exp(-b))); }
@@ -205,8 +196,8 @@ __global__ void __launch_bounds__(few_threads<Dk>, 4)
         for (int offset = lanes / 2; offset > 0; offset /= 2)
           sum_lanes(sk, offset), sum_lanes(sq, offset), sum_lanes(kq, offset), sum_lanes(kk, offset),
               sum_lanes(qq, offset);
-        const float rk = quick_rsqrt(__fadd_rn(kk, 1e-6f));
-        const float rq = quick_rsqrt(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(Dk)));
+        const float rk = rsqrt_fast(__fadd_rn(kk, 1e-6f));
+        const float rq = rsqrt_fast(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(Dk)));
         const auto [beta, decay] = gates[row];
         const float known = __fmul_rn(__fmul_rn(decay, rk), sk);
         const float delta = __fmul_rn(__fmul_rn(beta, __fsub_rn(outputs[row][2 * Dk + v], known)), rk);
@@ -284,8 +275,8 @@ __global__ void __launch_bounds__(any_threads) any_delta_rule(const AnyRows p, c
       kk = __fmaf_rn(key, key, kk), qq = __fmaf_rn(query, query, qq);
     }
     sk = warp_sum(sk), sq = warp_sum(sq), kq = warp_sum(kq), kk = warp_sum(kk), qq = warp_sum(qq);
-    const float rk = quick_rsqrt(__fadd_rn(kk, 1e-6f));
-    const float rq = quick_rsqrt(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(Dk)));
+    const float rk = rsqrt_fast(__fadd_rn(kk, 1e-6f));
+    const float rq = rsqrt_fast(__fmul_rn(__fadd_rn(qq, 1e-6f), static_cast<float>(Dk)));
     const float decay = quick_exp(g), known = __fmul_rn(__fmul_rn(decay, rk), sk);
     const float delta = __fmul_rn(__fmul_rn(beta, __fsub_rn(x[v_channel], known)), rk);
     for (int i = lane; i < Dk; i += 32) S[i] = __fmaf_rn(delta, k[i], __fmul_rn(decay, S[i]));
@@ -424,8 +415,6 @@ __global__ void __launch_bounds__(256) gates_of_rows(const GateRows p) {
 // --- Host ---
 
 using Deltas = std::span<const Segment<CudaDeltaState>>;
-
-bool aligned_to_16(const void* p) noexcept { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 DeltaRows describe(const Segment<CudaDeltaState>& s) {
   CudaDeltaState& state = *s.state;

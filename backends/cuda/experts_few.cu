@@ -406,12 +406,11 @@ __global__ void __launch_bounds__(32 * most_slots, most_slots <= usual_slots ? 2
     prepare_hidden(rows, slot, gate, up_begin, width, lane);
   }
   __syncwarp();
-  const auto is = [&](Types one) { return types == one || ((types & one) != 0 && types_of(type) == one); };
-  if (is(q4_k_alone)) {
+  if (is<types>(type, q4_k_alone)) {
     down_tile<DType::q4_k>(ring, cursor, strips, rows, slot, lane, sums[slot]);
-  } else if (is(q6_k_alone)) {
+  } else if (is<types>(type, q6_k_alone)) {
     down_tile<DType::q6_k>(ring, cursor, strips, rows, slot, lane, sums[slot]);
-  } else if (is(f32_alone)) {
+  } else if (is<types>(type, f32_alone)) {
     down_tile_f32(from, strips, rows, slot, lane, sums[slot]);
   } else if constexpr (types == all_types) {
     with_type(type, [&](auto t) {

@@ -34,6 +34,11 @@ enum Types : unsigned { q4_k_alone = 1, q6_k_alone = 2, f32_alone = 4, usual_typ
 __host__ __device__ constexpr unsigned types_of(DType type) {
   return type == DType::q4_k ? 1 : type == DType::q6_k ? 2 : type == DType::f32 ? 4 : 8;
 }
+// Whether `type` is `one`, in a kernel for `types`: known beforehand where they are one.
+template <unsigned types>
+__device__ __forceinline__ bool is(DType type, Types one) {
+  return types == one || ((types & one) != 0 && types_of(type) == one);
+}
 // Those that big models mostly come in.
 __host__ __device__ constexpr bool usual(DType type) { return (types_of(type) & usual_types) != 0; }
 
@@ -44,22 +49,27 @@ inline int log2_split_of(int warps, int strips) {
   return log2;
 }
 
-// `count` things dealt out to the thread blocks, as evenly as can be.
-struct Shares {
-  int each, rest;  // so many blocks have one more
-
-  Shares() = default;
-  Shares(int count, int blocks) : each(count / blocks), rest(count % blocks) {}
-  __device__ __forceinline__ int begin(unsigned block) const {
-    const auto b = static_cast<int>(block);
-    return b * each + min(b, rest);
-  }
-};
-
 // To f16, beyond its range the largest there is; a NaN stays one.
 __device__ __forceinline__ __half2 to_halves(float a, float b) {
   const __half2 most = __float2half2_rn(65504);
   return __hmax2_nan(__hmin2_nan(__floats2half2_rn(a, b), most), __hneg2(most));
+}
+__device__ __forceinline__ uint4 eight_halves(const float (&v)[8]) {
+  uint4 bits;
+  auto* pair = reinterpret_cast<__half2*>(&bits);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) pair[k] = to_halves(v[2 * k], v[2 * k + 1]);
+  return bits;
+}
+__device__ __forceinline__ float sum_of_halves(const uint4& bits) {
+  const auto* pair = reinterpret_cast<const __half2*>(&bits);
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float2 two = __half22float2(pair[k]);
+    sum += two.x + two.y;
+  }
+  return sum;
 }
 // The same of v, and of what that left.
 __device__ __forceinline__ __half2 in_two_parts(float v) {
@@ -95,38 +105,27 @@ struct SharedRows {
   int rows, strips;
   bool with_single;
 
-  __device__ static int stride(int strips) { return row_stride(strips); }
   __device__ SharedRows(std::byte* at, int n_rows, int n_strips, bool singles)
       : single(reinterpret_cast<float*>(at)),
         rows(n_rows),
         strips(n_strips),
         with_single(types == f32_alone || ((types & f32_alone) != 0 && singles)) {
     half = reinterpret_cast<std::uint16_t*>(at + (with_single ? rows * strips * strip_cols * 4 : 0));
-    upper = half + rows * stride(strips);
+    upper = half + rows * row_stride(strips);
     lower = upper + rows * 8 * strips;
   }
 
   // Eight columns from 8 i of a row, by all lanes of a warp: neighbours have neighbouring i.
   __device__ __forceinline__ void store(int row, int i, const float (&v)[8]) const {
-    if constexpr (with_half) {
-      uint4 bits;
-      auto* pair = reinterpret_cast<__half2*>(&bits);
-      float sum = 0;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        pair[k] = to_halves(v[2 * k], v[2 * k + 1]);
-        const float2 rounded = __half22float2(pair[k]);
-        sum += rounded.x + rounded.y;
-      }
-      store_bits(row, i, bits, sum);
-    }
+    if constexpr (with_half) store_bits(row, i, eight_halves(v));
     if (with_single) {
       auto* to = reinterpret_cast<float4*>(single + row * strips * strip_cols + 8 * i);
       to[0] = make_float4(v[0], v[1], v[2], v[3]), to[1] = make_float4(v[4], v[5], v[6], v[7]);
     }
   }
-  __device__ __forceinline__ void store_bits(int row, int i, uint4 bits, float sum) const {
-    *reinterpret_cast<uint4*>(half + row * stride(strips) + 8 * i) = bits;
+  __device__ __forceinline__ void store_bits(int row, int i, uint4 bits) const {
+    *reinterpret_cast<uint4*>(half + row * row_stride(strips) + 8 * i) = bits;
+    float sum = sum_of_halves(bits);
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     if (i % 4 == 0) {
@@ -139,23 +138,10 @@ struct SharedRows {
   // What a lane needs of activation row `row` for strip s.
   __device__ __forceinline__ StripInput input(int row, int s, int lane) const {
     const int t = lane % 4, sums = row * 8 * strips + s * 8 + 2 * t;
-    return {reinterpret_cast<const uint4*>(half + row * stride(strips) + s * strip_cols) + t,
+    return {reinterpret_cast<const uint4*>(half + row * row_stride(strips) + s * strip_cols) + t,
             reinterpret_cast<const std::uint32_t*>(upper + sums), reinterpret_cast<const std::uint32_t*>(lower + sums)};
   }
 };
-
-__device__ __forceinline__ float sum_of_halves(const uint4& bits) {
-  const auto* pair = reinterpret_cast<const __half2*>(&bits);
-  float sum = 0;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const float2 two = __half22float2(pair[k]);
-    sum += two.x + two.y;
-  }
-  return sum;
-}
-
-__device__ __forceinline__ bool aligned_to_16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 // Eight neighbours, aligned.
 __device__ __forceinline__ void load_eight(float (&v)[8], const float* at) {
@@ -182,7 +168,7 @@ __device__ __forceinline__ void prepare_plain_row(const SharedRows<types>& to, c
     if (whole && !to.with_single) {
       uint4 bits = make_uint4(0, 0, 0, 0);
       if (8 * i < x.n_cols) bits = __ldcg(reinterpret_cast<const uint4*>(x.half + row + 8 * i));
-      to.store_bits(n, i, bits, sum_of_halves(bits));
+      to.store_bits(n, i, bits);
       continue;
     }
     float v[8];
@@ -411,9 +397,7 @@ class StripCursor {
     unit_ = of_.first(section) + own_, last_ = first_ < count_ ? of_.last(section) : 0;
     strip_ = first_;
   }
-  __device__ __forceinline__ bool is_f32() const {
-    return types == f32_alone || ((types & f32_alone) != 0 && type_ == DType::f32);
-  }
+  __device__ __forceinline__ bool is_f32() const { return is<types>(type_, f32_alone); }
   const Sections& of_;
   const std::byte* data_ = nullptr;
   int pick_ = -1;
@@ -554,16 +538,15 @@ __device__ __noinline__ void multiply_section_apart(const Sections& of, int sect
 template <unsigned types, class Sections, class Cursor>
 __device__ __forceinline__ void multiply_sections(const Sections& of, FewBlock<types>& block, StripRing& ring,
                                                   Cursor& cursor) {
-  const auto is = [](DType type, Types one) { return types == one || ((types & one) != 0 && types_of(type) == one); };
 #pragma unroll 1
   for (int i = 0; i < of.count; ++i) {
     if (of.first(i) >= of.last(i)) continue;
     const DType type = of.type(i);
-    if (is(type, q4_k_alone)) {
+    if (is<types>(type, q4_k_alone)) {
       multiply_section<UnitProduct<DType::q4_k>, strip_rows>(of, i, block, ring, cursor);
-    } else if (is(type, q6_k_alone)) {
+    } else if (is<types>(type, q6_k_alone)) {
       multiply_section<UnitProduct<DType::q6_k>, strip_rows>(of, i, block, ring, cursor);
-    } else if (is(type, f32_alone)) {
+    } else if (is<types>(type, f32_alone)) {
       if (of.columns(i) == 1)
         multiply_section<SingleProduct<1>, f32_unit_rows>(of, i, block, ring, cursor);
       else

@@ -31,6 +31,18 @@ __device__ inline void let_successor_start() {
 #endif
 }
 
+// `count` things dealt out to the thread blocks, as evenly as can be.
+struct Shares {
+  int each, rest;  // so many blocks have one more
+
+  Shares() = default;
+  Shares(int count, int blocks) : each(count / blocks), rest(count % blocks) {}
+  __device__ __forceinline__ int begin(unsigned block) const {
+    const auto b = static_cast<int>(block);
+    return b * each + min(b, rest);
+  }
+};
+
 // Starts a kernel now.
 void start(const Device& device, const void* kernel, const LaunchShape& shape, void** parameters);
 

@@ -63,20 +63,13 @@ struct FewPlan {
   bool single;
 };
 
-__device__ __forceinline__ void store_halves(std::uint16_t* to, const float (&v)[8]) {
-  uint4 bits;
-  auto* pair = reinterpret_cast<__half2*>(&bits);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) pair[k] = to_halves(v[2 * k], v[2 * k + 1]);
-  *reinterpret_cast<uint4*>(to) = bits;
-}
 __device__ __forceinline__ void store_eight(const CudaTensor& to, int row, int begin, const float (&v)[8]) {
   float* data = to.data + row * to.stride + begin;
   std::uint16_t* half = to.half + row * to.stride + begin;
   if (begin + 8 <= to.n_cols && aligned_to_16(data) && aligned_to_16(half)) {
     reinterpret_cast<float4*>(data)[0] = make_float4(v[0], v[1], v[2], v[3]);
     reinterpret_cast<float4*>(data)[1] = make_float4(v[4], v[5], v[6], v[7]);
-    store_halves(half, v);
+    *reinterpret_cast<uint4*>(half) = eight_halves(v);
     return;
   }
 #pragma unroll 1
@@ -154,7 +147,7 @@ class RowInput {
         const std::ptrdiff_t at = n * input_.written.stride + 8 * thread();
         auto* data = reinterpret_cast<float4*>(input_.written.data + at);
         data[0] = make_float4(v[0], v[1], v[2], v[3]), data[1] = make_float4(v[4], v[5], v[6], v[7]);
-        store_halves(input_.written.half + at, v);
+        *reinterpret_cast<uint4*>(input_.written.half + at) = eight_halves(v);
       }
     }
   }
@@ -316,11 +309,10 @@ FewKernel kernel_of(unsigned types, Prepare prepare, bool one_row) {
 
 Prepare prepare_of(const CudaTensor& x, const FewInput& input, NormGroups groups, int strips, int threads) {
   const auto aligned = [](const CudaTensor& t) {
-    return t.stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 &&
-           reinterpret_cast<std::uintptr_t>(t.half) % 16 == 0;
+    return t.stride % 8 == 0 && aligned_to_16(t.data) && aligned_to_16(t.half);
   };
   const bool fits = x.n_cols == strips * strip_cols && x.n_cols / 8 <= threads && aligned(x) &&
-                    aligned(input.written) && reinterpret_cast<std::uintptr_t>(input.norm) % 16 == 0;
+                    aligned(input.written) && aligned_to_16(input.norm);
   if (!fits) return Prepare::general;
   using Kind = FewInput::Kind;
   switch (input.kind) {
