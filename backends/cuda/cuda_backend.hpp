@@ -255,9 +255,7 @@ class CudaBackend {
 
  private:
   // What the stream is to do next must come after what was gathered.
-  void start_gathered() {
-    if (record_->gathering()) record_->start_gathered();
-  }
+  void start_gathered() { record_->start_gathered(); }
 
   static std::span<const cuda::Product> one(const cuda::Product& p) noexcept { return {&p, 1}; }
 

@@ -115,8 +115,7 @@ DeviceBytes DeviceBytes::copy() const {
 }
 
 void DeviceScratch::grow(std::size_t bytes) {
-  if (LaunchRecord* record = device_->record(); record && record->gathering())
-    record->start_gathered();  // it uses the memory that goes
+  if (LaunchRecord* record = device_->record()) record->start_gathered();  // what uses the memory that goes
   bytes_ = DeviceBytes();
   bytes_ = DeviceBytes(device_, bytes, "scratch memory of a session");
 }

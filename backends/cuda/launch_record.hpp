@@ -36,7 +36,7 @@ class LaunchRecord {
   // stream are not: they come before those that were not started yet.
   void begin();
   void end();
-  void start_gathered();    // what there is so far, and goes on
+  void start_gathered();    // what there is so far, if there is, and goes on
   void give_up() noexcept;  // instead of end(): forgets them
   bool gathering() const noexcept { return gathering_; }
 
